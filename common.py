@@ -1,0 +1,727 @@
+"""What the four methods share: model, sampler, scoring, tasks and rewards, evaluation, run plumbing.
+
+Everything two papers could disagree about is in the method's own file. Here is what must be equal for a
+comparison to be fair, in reading order: 1 legend, 2 model, 3 sampler, 4 scoring, 5 tasks and rewards, 6 runs.
+
+1 LEGEND
+    B rows of a batch = prompts * G, the rows of one prompt adjacent    G samples (a group) per prompt
+    P prompt length, left-padded    L completion length    V vocabulary    T temperature
+    S denoising steps    n = L / S tokens revealed per step    s one step, 0 first
+    x canvas: prompt and completion with some tokens replaced by the mask token
+    hidden (bool): True where the canvas shows the mask token
+    valid (bool): True up to and including the first EOS
+    NFE: forward evaluations of the network, counted in rows (a batch of 8 rows is 8)
+
+THE ONE PICTURE. A rollout keeps, for every completion position, the denoising step that revealed it:
+
+    completion   3 1 4 2        state before step 0   _ _ _ _      hidden = step >= 0
+    step         1 0 1 0        state before step 1   _ 1 _ 2      hidden = step >= 1
+
+So any intermediate state can be rebuilt from the finished row, and no trajectory is ever stored.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoTokenizer, ModernBertForMaskedLM, PreTrainedModel,
+                          PreTrainedTokenizerBase)
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # one bar at a time: ours
+
+
+def refuse(message: str):
+    """Wrong input: one line that says what is allowed, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def generator(device: torch.device | str, *key) -> torch.Generator:
+    """A private random generator that is a function of `key`, e.g. (seed, "rollout", update, prompt index).
+
+    Nothing else decides a draw, so no generator state has to be saved and the global generator is never
+    touched."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------- 2 model
+
+
+@dataclass
+class Denoiser:
+    """A bidirectional network that predicts every masked token at once, and the ids a sampler needs."""
+
+    network: PreTrainedModel  # a stock transformers class, always in eval mode: no dropout
+    tokenizer: PreTrainedTokenizerBase
+    mask_id: int
+    eos_id: int
+    pad_id: int
+    shift: bool  # True (Dream): the prediction for position i sits at position i - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def autocast(self):
+        """bf16 matrix products on CUDA over fp32 weights; plain fp32 on a CPU."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def hidden(self, x: Tensor, attn: Tensor | None) -> Tensor:
+        """Canvas (B, P+L) to the hidden states (B, P+L, d) that predict each position; attn False = padding."""
+        positions = None
+        if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
+            positions = (attn.cumsum(1) - 1).clamp(min=0)
+        with self.autocast():
+            h = self.network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
+        return torch.cat([h[:, :1], h[:, :-1]], 1) if self.shift else h
+
+    def head(self, h: Tensor) -> Tensor:
+        """Hidden states (..., d) to logits (..., V) in at least fp32, the mask token excluded (-inf)."""
+        with self.autocast():
+            z = self.network.decoder(self.network.head(h))
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return z.index_fill(-1, torch.tensor(self.mask_id, device=z.device), -math.inf)
+
+
+def load_model(name: str, device: torch.device | str = "cpu") -> Denoiser:
+    """Load "tiny" (built by pretrain.py on first use) or a transformers folder in ModernBERT-chat's layout.
+
+    Refuses (exit 2) a folder that is no such model, has no mask token or is causal."""
+    if name == "tiny":
+        from pretrain import base_folder  # here, because pretrain.py itself is built on this file
+
+        name = str(base_folder())
+    if not (Path(name) / "config.json").is_file():
+        refuse(f"unknown model {name!r}: use 'tiny' or a transformers folder (one with a config.json)")
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "modernbert":
+        refuse(f"{name} is a {config.model_type!r} model; the models that can be loaded are: modernbert")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    ids = (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if None in ids:
+        refuse(f"{name} needs a mask, an eos and a pad token; it has {tokenizer.special_tokens_map}")
+    network, report = ModernBertForMaskedLM.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True)
+    wrong = {k: v for k, v in report.items() if v}
+    if wrong:  # a missing key would be random weights, with no more than a log line
+        refuse(f"{name} does not hold the weights of its config.json: {wrong}")
+    model = Denoiser(network.eval().to(device), tokenizer, *ids, shift=False)
+    if not is_bidirectional(model):
+        refuse(f"{name} is causal: a masked position does not see the tokens after it")
+    return model
+
+
+@torch.no_grad()
+def is_bidirectional(model: Denoiser) -> bool:
+    """Does changing the last token move the first prediction? (A causal mask fails silently, so it is
+    measured.)"""
+    x = torch.full((2, 8), model.mask_id, device=model.device)
+    x[1, -1] = model.eos_id
+    h = model.hidden(x, None)[:, 1]  # position 1: a shifted model reads it at position 0
+    return not torch.equal(h[0], h[1])
+
+
+# -------------------------------------------------------------------------------------------------- 3 sampler
+
+
+@dataclass
+class Rollout:
+    """B finished rows and how they came about. Index it with rows (slice, ids or bool) to get a smaller
+    one."""
+
+    prompt: Tensor  # (B, P) left-padded
+    prompt_mask: Tensor  # (B, P) False = padding
+    completion: Tensor  # (B, L) EOS everywhere behind the block that held the first EOS
+    step: Tensor  # (B, L) the denoising step that revealed it; S where none did (the tail behind an EOS)
+    logp: Tensor  # (B, L) of the token under the distribution it was sampled from; 0 where step == S
+    entropy: Tensor  # (B, L) of that distribution, nats
+    valid: Tensor  # (B, L) up to and including the first EOS
+    guess: Tensor | None  # (B, S, L) greedy one-step completion of the state before each step
+    mask_id: int
+    S: int
+    nfe: int  # rows evaluated
+
+    def __getitem__(self, rows) -> "Rollout":
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Rollout(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in fields.items()})
+
+
+def attention(prompt_mask: Tensor, L: int) -> Tensor | None:
+    """(B, P) to (B, P+L) for the network; None when nothing is padded, which lets it use its fastest
+    kernel."""
+    return None if prompt_mask.all() else torch.nn.functional.pad(prompt_mask, (0, L), value=True)
+
+
+def until_eos(tokens: Tensor, eos_id: int) -> Tensor:
+    """(..., L) tokens to `valid`: True up to and including the first EOS."""
+    eos = (tokens == eos_id).long()
+    return eos.cumsum(-1) - eos == 0
+
+
+def group_noise(gens: list[torch.Generator], B: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform float64 noise (B, *shape): each group's from its own generator, for all its rows, finished or
+    not.
+
+    float64 because Gumbel noise made from bf16 or fp32 uniforms cuts the tail of the distribution off."""
+    draw = (B // len(gens), *shape)
+    return torch.cat([torch.rand(draw, generator=g, dtype=torch.float64, device=g.device) for g in gens])
+
+
+@torch.no_grad()
+def denoise(
+    model: Denoiser,
+    prompt: Tensor,
+    prompt_mask: Tensor,
+    gens: list[torch.Generator],
+    *,
+    L: int,
+    S: int,
+    block: int,
+    temperature: float = 1.0,
+    order: str = "top_prob",
+    threshold: float | None = None,
+    guess: bool = False,
+) -> Rollout:
+    """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), blocks of `block` tokens left to
+    right.
+
+    Each step evaluates the network once, samples a token for every hidden position of a row's current block
+    and reveals the n = L/S most confident. Nothing is masked again. prompt, prompt_mask: (B, P). gens: one
+    per group of adjacent rows; may be empty when nothing is drawn (temperature 0, order not random).
+    order, "most confident" means: the highest probability
+        "confidence" of the token just sampled (LLaDA; the choice of positions then depends on the sampled
+        tokens), "top_prob"   of the most likely token (the choice depends on the state alone),   "random"  a
+        random order.
+    threshold (Fast-dLLM, arXiv 2505.22618): reveal every position whose probability reaches it, else the
+    single best one,
+        instead of n; a row then takes between L / block and L steps and `S` is taken to be L.
+    A row is done when a finished block holds an EOS: what follows becomes EOS with step = S and costs no
+    forward.
+    """
+    (B, P), n, T = prompt.shape, L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
+    S = L if threshold else S
+    attn = attention(prompt_mask, L)
+    x = torch.full((B, L), model.mask_id, device=prompt.device)
+    step = torch.full_like(x, S)
+    logp = torch.zeros(B, L, dtype=torch.float64, device=x.device)
+    entropy = torch.zeros_like(logp)
+    guesses = torch.full((B, S, L), -1, device=x.device) if guess else None
+    first = torch.zeros(B, dtype=torch.long, device=x.device)  # first column of each row's current block
+    rows = torch.arange(B, device=x.device)  # rows still at work
+    nfe = 0
+    for s in range(S):
+        if len(rows) == 0:
+            break
+        nfe += len(rows)
+        canvas_rows = torch.cat([prompt[rows], x[rows]], 1)
+        h = model.hidden(canvas_rows, None if attn is None else attn[rows])[:, P:]  # (R, L, d)
+        if guess:
+            guesses[rows, s] = greedy_fill(model, x[rows], h)
+        cols = first[rows, None] + torch.arange(block, device=x.device)  # (R, block)
+        logits = model.head(h.gather(1, cols[..., None].expand(-1, -1, h.shape[-1])))  # (R, block, V)
+        logprobs = (logits.double() / T).log_softmax(-1)
+        scores = logprobs
+        if temperature:  # Gumbel-max: the argmax of log p + Gumbel noise is a sample from p
+            scores = logprobs - (-group_noise(gens, B, logits.shape[1:])[rows].log()).log()
+        token = scores.argmax(-1)  # (R, block)
+        token_logp = logprobs.gather(-1, token[..., None])[..., 0]
+        if order == "random":
+            confidence = group_noise(gens, B, (block,))[rows]
+        else:
+            confidence = token_logp if order == "confidence" else logprobs.amax(-1)
+        hidden = x[rows].gather(1, cols) == model.mask_id  # (R, block)
+        confidence = confidence.masked_fill(~hidden, -math.inf)
+        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most confident
+        reveal = rank < n
+        if threshold:
+            reveal = hidden & ((confidence >= math.log(threshold)) | (rank == 0))
+        at = rows[:, None].expand_as(cols)[reveal], cols[reveal]
+        x[at], step[at], logp[at] = token[reveal], s, token_logp[reveal]
+        entropy[at] = torch.special.entr(logprobs.exp()).sum(-1)[reveal]  # entr(0) = 0
+        block_done = ~(hidden & ~reveal).any(1)
+        first[rows] += block * block_done
+        done = block_done & ((first[rows] == L) | (x[rows] == model.eos_id).any(1))
+        rows = rows[~done]
+    x = x.masked_fill(x == model.mask_id, model.eos_id)  # only rows that ended early have masks left
+    if guess:  # before a step it never took, a row was complete
+        guesses = torch.where(guesses < 0, x[:, None], guesses)
+    recorded = logits.dtype
+    return Rollout(prompt, prompt_mask, x, step, logp.to(recorded), entropy.to(recorded),
+                   until_eos(x, model.eos_id), guesses, model.mask_id, S, nfe)
+
+
+def greedy_fill(model: Denoiser, x: Tensor, h: Tensor, chunk: int = 512) -> Tensor:
+    """Fill every hidden position of the completions x (R, L) with its most likely token, given hidden states
+    h (R, L, d).
+
+    The head runs on `chunk` positions at a time, so that a real vocabulary never makes (R, L, V) logits."""
+    hidden = x == model.mask_id
+    filled = x.clone()
+    filled[hidden] = torch.cat([model.head(part).argmax(-1) for part in h[hidden].split(chunk)])
+    return filled
+
+
+# -------------------------------------------------------------------------------------------------- 4 scoring
+
+
+def canvas(rollout: Rollout, hidden: Tensor) -> Tensor:
+    """The rows of a rollout with the completion positions `hidden` (B, L) masked again: (B, P+L).
+
+    hidden = rollout.step >= s[:, None] is exactly what the sampler saw before step s."""
+    return torch.cat([rollout.prompt, rollout.completion.masked_fill(hidden, rollout.mask_id)], 1)
+
+
+def score(
+    model: Denoiser, x: Tensor, prompt_mask: Tensor, target: Tensor, where: Tensor, temperature: float
+) -> Tensor:
+    """log p(target | canvas) at the positions `where` (B, L), 0 elsewhere; differentiable, one forward of B
+    rows.
+
+    x: (B, P+L) canvas; target: (B, L). The distribution is the sampler's: same temperature, mask token
+    excluded. The head runs at `where` alone. Give `where` so that score(...).sum(1) is a row's
+    log-likelihood."""
+    L = target.shape[-1]
+    h = model.hidden(x, attention(prompt_mask, L))[:, -L:]
+    logits = model.head(h[where]) / (temperature or 1.0)  # (M, V), M = where.sum()
+    logp = logits.gather(1, target[where][:, None])[:, 0] - logits.logsumexp(1)
+    return logp.new_zeros(where.shape).masked_scatter(where, logp)
+
+
+def micro_batches(items: Tensor, tokens_each: int, budget: int) -> Iterator[Tensor]:
+    """Split `items` (ids of canvases) so that one forward holds at most `budget` tokens, and at least one
+    canvas.
+
+    The method calls backward on each part's share of a loss whose normaliser was counted over the whole
+    batch, so the gradient does not depend on the budget."""
+    yield from items.split(max(1, budget // tokens_each))
+
+
+def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
+    """Sum per-token values (B, L) over the tokens each step revealed: (B, S). The tail (step = S) is left
+    out."""
+    return values.new_zeros(len(values), S + 1).scatter_add(1, step, values)[:, :S]
+
+
+# ---------------------------------------------------------------------------------------- 5 tasks and rewards
+
+
+@dataclass
+class Task:
+    """Prompts and the reward of what is answered. `correct` and `parse_fail` are always among the reward's
+    parts."""
+
+    train: list[dict]  # each row has "prompt" and whatever the reward reads
+    test: list[dict]  # held out
+    reward: Callable[[str, dict], tuple[float, dict[str, float]]]
+    draw: Callable[[str, dict], list[str]]  # a completion as a person would want to see it, line by line
+
+
+@functools.cache
+def sudoku_grids() -> np.ndarray:
+    """All 288 solved 4x4 Sudoku grids, (288, 16) digits 1-4, in lexicographic order."""
+    rows = list(itertools.permutations((1, 2, 3, 4)))
+    everything = np.array(list(itertools.product(rows, repeat=4)))  # (24**4, 4, 4): each row is already right
+    columns = everything.transpose(0, 2, 1)
+    boxes = everything.reshape(-1, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4, 4)
+    right = [(np.sort(units, axis=2) == [1, 2, 3, 4]).all((1, 2)) for units in (columns, boxes)]
+    return everything[right[0] & right[1]].reshape(-1, 16)
+
+
+def sudoku_split() -> tuple[np.ndarray, np.ndarray]:
+    """Solution grids for training (228) and held out (60): no test board shares its solution with a training
+    board."""
+    grids = sudoku_grids()[np.random.default_rng(0).permutation(288)]
+    return grids[:228], grids[228:]
+
+
+def sudoku_puzzles(grids: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw (puzzles, solutions), each (count, 16), 6 to 10 blanks written 0, each puzzle with exactly one
+    solution."""
+    everything, puzzles, solutions = sudoku_grids(), [], []
+    while sum(map(len, puzzles)) < count:
+        solution = grids[rng.integers(len(grids), size=256)]
+        blanks = rng.integers(6, 11, size=(256, 1))
+        puzzle = np.where(rng.random((256, 16)).argsort(1).argsort(1) < blanks, 0, solution)
+        fits = (everything == puzzle[:, None]) | (puzzle[:, None] == 0)  # (256, 288, 16)
+        unique = fits.all(2).sum(1) == 1
+        puzzles.append(puzzle[unique])
+        solutions.append(solution[unique])
+    return np.concatenate(puzzles)[:count], np.concatenate(solutions)[:count]
+
+
+def sudoku() -> Task:
+    """4x4 Sudoku, a board written as 16 digits: prompt "3102200002100320=", answer "3142243142131324"."""
+    rows = []
+    for seed, (grids, count) in enumerate(zip(sudoku_split(), (8192, 1024), strict=True)):
+        pairs = zip(*sudoku_puzzles(grids, count, np.random.default_rng([1, seed])), strict=True)
+        texts = [("".join(map(str, puzzle)), "".join(map(str, solution))) for puzzle, solution in pairs]
+        rows.append([{"prompt": p + "=", "puzzle": p, "solution": s} for p, s in texts])
+    return Task(rows[0], rows[1], sudoku_reward, sudoku_draw)
+
+
+def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    """Share of the blanks filled as in the solution; 0 if a clue was changed or there are not exactly 16
+    digits.
+
+    White space is ignored, so a board may be written as a grid."""
+    board, puzzle = "".join(text.split()), row["puzzle"]
+    if len(board) != 16 or not (board.isascii() and board.isdigit()):
+        return 0.0, {"correct": 0.0, "parse_fail": 1.0}
+    if any(p not in ("0", b) for p, b in zip(puzzle, board, strict=True)):
+        return 0.0, {"correct": 0.0, "parse_fail": 0.0}
+    right = sum(p == "0" and b == s for p, b, s in zip(puzzle, board, row["solution"], strict=True))
+    return right / puzzle.count("0"), {"correct": float(board == row["solution"]), "parse_fail": 0.0}
+
+
+def sudoku_draw(text: str, row: dict) -> list[str]:
+    """The puzzle beside the answer; a wrong cell is marked with !."""
+    board = "".join(text.split())
+    if len(board) != 16:
+        return [f"{row['puzzle']} -> {text!r} (not 16 digits)"]
+    lines = []
+    for r in range(0, 16, 4):
+        asked = " ".join(row["puzzle"][r : r + 4]).replace("0", "·")
+        cells = zip(board[r : r + 4], row["solution"][r : r + 4], strict=True)
+        lines.append(f"{asked}   " + "".join(f" {b}" if b == s else f"!{b}" for b, s in cells))
+    return lines
+
+
+TASKS = {"sudoku": sudoku}
+
+
+def load_task(args, model: Denoiser) -> Task:
+    """The task of the command line. Refuses prompts that do not fit the model: nothing is ever cut."""
+    task = TASKS[args.task]()
+    P = max(len(model.tokenizer(row["prompt"])["input_ids"]) for row in task.train + task.test)
+    room = model.network.config.max_position_embeddings
+    if P + args.L > room:
+        refuse(f"the longest prompt has {P} tokens, --L is {args.L}: {args.model} reads {room} at most in all")
+    if args.prompts > len(task.train):
+        refuse(f"--prompts {args.prompts}: {args.task} has only {len(task.train)} training prompts")
+    return task
+
+
+def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Prompts to left-padded ids (B, P) and their mask (B, P), False = padding. Nothing is ever cut."""
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    P = max(map(len, ids))
+    tokens = torch.tensor([[model.pad_id] * (P - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in ids], device=model.device)
+    return tokens, mask
+
+
+def reward_rows(
+    model: Denoiser, task: Task, tokens: Tensor, rows: list[dict]
+) -> tuple[Tensor, dict[str, float], list[str]]:
+    """Rewards (B,), the mean of each part, and the texts, of completions (B, L) that answer `rows`."""
+    valid = until_eos(tokens, model.eos_id).tolist()
+    ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
+    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    scored = [task.reward(text, row) for text, row in zip(texts, rows, strict=True)]
+    parts = {k: sum(p[k] for _, p in scored) / len(scored) for k in scored[0][1]}
+    return torch.tensor([total for total, _ in scored], device=tokens.device), parts, texts
+
+
+# ----------------------------------------------------------------------------------------------------- 6 runs
+
+
+def parse_args(Args: type, method: str):
+    """The command line as an Args. With --resume RUN the run's own settings are the defaults, and few may
+    change."""
+    args = tyro.cli(Args)
+    if not args.resume:
+        return check(args, method)
+    file = Path(args.resume) / "args.json"
+    if not file.is_file() or not (Path(args.resume) / "state.pt").is_file():
+        refuse(f"{args.resume} holds no checkpoint to resume (no args.json and state.pt)")
+    saved = json.loads(file.read_text())
+    if saved.pop("method") != method:
+        refuse(f"{args.resume} is a run of another method: resume it with the script that made it")
+    saved.pop("commit")
+    before = Args(**saved | {"resume": args.resume, "eval_only": args.eval_only})
+    args = tyro.cli(Args, default=before)
+    free = {"steps", "eval_every", "save_every", "budget", "resume", "eval_only"}
+    changed = [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]
+    if changed:
+        refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(free))}")
+    return check(args, method)
+
+
+def check(args, method: str):
+    """Stop early on settings that cannot work; fill in the default --out. Returns args."""
+    if args.task not in TASKS:
+        refuse(f"unknown task {args.task!r}: choose from {', '.join(TASKS)}")
+    for name in ("prompts", "L", "S", "block", "eval_every", "save_every", "budget"):
+        if getattr(args, name) < 1:
+            refuse(f"--{name} must be at least 1")
+    if args.G < 2:
+        refuse("--G must be at least 2: an advantage compares the samples of one prompt")
+    if args.steps < 0 or args.temperature <= 0:
+        refuse("--steps must be at least 0 and --temperature above 0: rollouts have to explore")
+    if args.L % args.block:
+        refuse(f"--L {args.L} is not a multiple of --block {args.block}")
+    if args.L % args.S or args.S % (args.L // args.block):
+        refuse(f"--S {args.S} does not fit: it must divide --L {args.L} and be a multiple of its "
+               f"{args.L // args.block} blocks")
+    args.out = args.resume or args.out or f"runs/{method}-{args.task}-{args.seed}"
+    if Path(args.out).exists() and not args.resume and not args.eval_only:
+        refuse(f"{args.out} exists: go on with --resume {args.out}, or choose another --out")
+    return args
+
+
+def pick_device() -> torch.device:
+    """CUDA if there is one, else the CPU; says which arithmetic that means."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "fp32 (no CUDA GPU found)"
+    print(f"device {device}: {arithmetic}", flush=True)
+    return device
+
+
+def draw_prompts(args, count: int, step: int) -> list[int]:
+    """Indices of the training prompts of update `step`: each epoch is one permutation, no prompt twice in an
+    update."""
+    epoch, batch = divmod(step, count // args.prompts)
+    order = torch.randperm(count, generator=generator("cpu", args.seed, "prompts", epoch))
+    return order[batch * args.prompts : (batch + 1) * args.prompts].tolist()
+
+
+def evaluate(model: Denoiser, task: Task, args) -> tuple[dict[str, float], list[str]]:
+    """Greedy, fixed S, order top_prob, on every held-out row: the same for all methods. Returns metrics and
+    texts."""
+    rewards, parts, texts = [], [], []
+    size = max(1, args.budget // (args.L + len(task.test[0]["prompt"])))
+    for start in range(0, len(task.test), size):
+        rows = task.test[start : start + size]
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+        roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0.0)
+        r, p, t = reward_rows(model, task, roll.completion, rows)
+        rewards.append(r)
+        parts.append({k: v * len(rows) for k, v in p.items()})
+        texts += t
+    mean = {k: sum(p[k] for p in parts) / len(task.test) for k in parts[0]}
+    metrics = {"eval_accuracy": mean["correct"], "eval_reward": torch.cat(rewards).mean().item()}
+    return metrics | {"eval_parse_fail": mean["parse_fail"]}, texts
+
+
+class Run:
+    """One run: its folder (args.json, metrics.jsonl, state.pt, curve.png, model/), clock, counters and
+    ctrl-C."""
+
+    def __init__(self, args, method: str, model: Denoiser, task: Task, optimizer: torch.optim.Optimizer):
+        """Make the folder, or take an existing run up where its checkpoint left it."""
+        self.args, self.model, self.task, self.optimizer = args, model, task, optimizer
+        self.out = Path(args.out)
+        self.step = 0  # updates done
+        self.counters = {"nfe_rollout": 0, "nfe_update": 0, "skipped": 0, "seconds": 0.0}
+        self.skipped_in_a_row = 0
+        self.interrupted = False
+        if args.resume:
+            state = torch.load(self.out / "state.pt", map_location=model.device, weights_only=True)
+            model.network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.counters = state["step"], state["counters"]
+        if args.eval_only:
+            return
+        if args.resume:  # what was logged after the checkpoint will be logged again
+            os.truncate(self.out / "metrics.jsonl", state["metrics_bytes"])
+        else:
+            self.out.mkdir(parents=True)
+            (self.out / "metrics.jsonl").touch()
+        settings = vars(args) | {"resume": "", "method": method, "commit": git_commit()}
+        (self.out / "args.json").write_text(json.dumps(settings, indent=1))
+        self.lapped = time.perf_counter()
+        self.started = self.lapped - self.counters["seconds"]
+        signal.signal(signal.SIGINT, self.interrupt)
+        self.bar = tqdm(total=args.steps, initial=self.step, desc=method, unit="update", dynamic_ncols=True)
+
+    def interrupt(self, *_):
+        """First ctrl-C: finish this update and save. Second: stop at once, the last checkpoint stays."""
+        self.interrupted = True
+        tqdm.write("ctrl-C: finishing this update, then saving (once more: stop at once)")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def boundary(self) -> bool:
+        """Between updates: save and evaluate where due. True when all steps are done; exit 130 after ctrl-C.
+
+        Saved first: a resumed run repeats the evaluation, so it inherits none that its own schedule lacks."""
+        over = self.step >= self.args.steps
+        if over or self.interrupted or self.step % self.args.save_every == 0:
+            self.save()
+        if self.interrupted:
+            self.bar.close()
+            print(f"stopped after {self.step} updates; go on with: python {sys.argv[0]} --resume {self.out}")
+            raise SystemExit(130)
+        if over or self.step % self.args.eval_every == 0:
+            self.evaluate()
+        return over
+
+    def save(self):
+        """Write state.pt: on disk is either the old checkpoint or the new one, never half of one."""
+        state = {
+            "network": self.model.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "counters": self.counters,
+            "metrics_bytes": (self.out / "metrics.jsonl").stat().st_size,
+        }
+        with open(self.out / "state.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.out / "state.tmp", self.out / "state.pt")
+
+    def evaluate(self):
+        """Evaluate and log; the run's clock stands still meanwhile."""
+        begin = time.perf_counter()
+        metrics, self.texts = evaluate(self.model, self.task, self.args)
+        self.log(metrics)
+        tqdm.write(f"step {self.step}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
+        self.started += time.perf_counter() - begin
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        before, self.lapped = self.lapped, time.perf_counter()
+        return self.lapped - before
+
+    def optimizer_step(self, loss: float, max_grad_norm: float) -> float:
+        """Clip the gradient and step. Not finite: skip the step and count it; exit 1 after three in a row."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.network.parameters(), max_grad_norm).item()
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.counters["skipped"] += 1
+            self.skipped_in_a_row += 1
+            tqdm.write(f"update {self.step + 1}: loss {loss}, gradient norm {norm}: step skipped")
+        self.optimizer.zero_grad()
+        if self.skipped_in_a_row == 3:
+            self.bar.close()
+            sys.exit(f"error: three steps in a row were not finite; {self.out} keeps the last good checkpoint")
+        return norm
+
+    def log_update(self, metrics: dict):
+        """Count an update; log it with the counters, the clock and the memory."""
+        self.step += 1
+        self.counters["seconds"] = time.perf_counter() - self.started
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.model.device.type == "cuda" else 0.0
+        self.log(metrics | self.counters | {"peak_memory_gib": peak})
+        self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {self.counters['skipped']} skipped")
+        self.bar.update()
+
+    def log(self, metrics: dict):
+        """Append one line to metrics.jsonl; a number that is not finite becomes null."""
+        row = {k: v if math.isfinite(v) else None for k, v in ({"step": self.step} | metrics).items()}
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def finish(self) -> float:
+        """Write model/ and curve.png, print the report; returns the final held-out accuracy."""
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        save_model(self.model, self.out / "model")
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        evals = [line for line in lines if "eval_accuracy" in line]
+        plot(lines, self.out / "curve.png", f"{self.bar.desc} on {self.args.task}")
+        print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.texts)
+        nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
+        print(f"\n{seconds / 60:.1f} minutes of RL; NFE (forward evaluations x rows): "
+              f"{nfe:,} in rollouts, {updates:,} in updates")
+        print(f"{self.out}/ has metrics.jsonl, curve.png, model/ (a transformers folder) and state.pt")
+        print(f"next: --resume {self.out} --steps {2 * self.args.steps} goes on, --seed {self.args.seed + 1} "
+              "repeats, --help lists every setting")
+        return evals[-1]["eval_accuracy"]
+
+    def eval_only(self) -> float:
+        """--eval_only: print the report of the model as it is; returns the held-out accuracy."""
+        metrics, texts = evaluate(self.model, self.task, self.args)
+        print_report(self.task, self.args, {f"step {self.step}": metrics}, texts)
+        return metrics["eval_accuracy"]
+
+
+def git_commit() -> str:
+    """The commit these files are at, or "" outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def save_model(model: Denoiser, folder: Path):
+    """Write an ordinary transformers folder that load_model reads; an old one is replaced only by a complete
+    new one."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.network.save_pretrained(fresh)
+    model.tokenizer.save_pretrained(fresh)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def print_report(task: Task, args, columns: dict[str, dict[str, float]], texts: list[str]):
+    """The table of held-out results, then three solved and three failed rows as a person would want to see
+    them."""
+    n = len(texts)
+    print(f"\n{n} held-out rows, greedy: L {args.L}, S {args.S}, block {args.block}, order top_prob")
+    print(" " * 22 + "".join(f"{name:>10}" for name in columns))
+    labels = {"eval_accuracy": "solved", "eval_reward": "mean reward", "eval_parse_fail": "unreadable"}
+    for key, label in labels.items():
+        print(f"{label:<22}" + "".join(f"{100 * column[key]:9.1f}%" for column in columns.values()))
+    error = max((c["eval_accuracy"] * (1 - c["eval_accuracy"]) / n) ** 0.5 for c in columns.values())
+    print(f"(standard error of a solved share: {100 * error:.1f} points)")
+    for label, correct in (("solved", 1.0), ("failed", 0.0)):
+        pairs = zip(texts, task.test, strict=True)
+        shown = itertools.islice(((t, r) for t, r in pairs if task.reward(t, r)[1]["correct"] == correct), 3)
+        blocks = [task.draw(text, row) for text, row in shown]
+        print(f"\n{label}:" + ("" if blocks else " none"))
+        for cells in itertools.zip_longest(*blocks, fillvalue=""):
+            print("   " + "      ".join(cells))
+
+
+def plot(lines: list[dict], file: Path, title: str):
+    """curve.png: held-out accuracy and the rollouts' reward over the updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    evals = [(line["step"], 100 * line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
+    rewards = [(line["step"], 100 * line["reward"]) for line in lines if "reward" in line]
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    axes.axhline(evals[0][1], color="0.6", lw=1, ls=":")
+    axes.annotate("before", evals[0], (2, 3), textcoords="offset points", color="0.4")
+    if rewards:
+        axes.plot(*zip(*rewards, strict=True), color="tab:blue", lw=1, alpha=0.5, label="mean reward, rollouts")
+    axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", lw=2, ms=4, label="held-out solved, greedy")
+    axes.annotate(f"{evals[-1][1]:.1f} %", evals[-1], (0, 7), textcoords="offset points", ha="right",
+                  color="tab:orange", weight="bold")
+    axes.set(xlabel="update", ylabel="%", title=title, ylim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

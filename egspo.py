@@ -1,0 +1,230 @@
+"""EGSPO and EGSPO-SA: entropy-guided stepwise policy optimisation (arXiv 2603.12554).
+
+Denoising is a decision process: the state is the partly masked canvas, the action the tokens revealed at a
+step, and the reward comes at the end. The policy gradient then is a sum over denoising steps, and only the K
+steps at which the model was least certain are evaluated:
+
+    loss = (1 / B K n) sum_{rows b, kept steps k} [ -min(rho A, clip(rho, 1 - eps_lo, 1 + eps_hi) A) + beta *
+    k3 ] rho  = exp(l - l_old),   l(b, s) = sum over the tokens revealed at s of log p(token | canvas before
+    s) A    = ret - mean over the group of ret at the same rank,   ret = (R + lambda (R - r_s)) / (1 + lambda)
+
+r_s is the reward of the greedy one-step completion of the canvas before s (SA, "stepwise advantage"); lambda
+= 0 is EGSPO.
+
+The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs the choice of positions to depend on the state
+alone: `order` top_prob or random. With `confidence`, LLaDA's rule, the positions depend on the sampled tokens
+and it does not hold (tests/test_egspo.py enumerates both). K < S picks steps by looking at the finished row,
+which biases the gradient by design; K = S does not.
+
+Differences from the authors' released code: sampled and scored at the same temperature (theirs: T 0.9 and T
+1); lambda is constant as there (the paper: lambda_t); KL by k3, with the batch's normaliser (their exact_kl
+in mean mode is too small by n V); old log-probs are those recorded by the sampler, nothing of size V is
+stored; canvases are scored in batches; every prompt drawn is used.
+Differences from the paper: full fine-tuning, no LoRA; small-batch defaults for the tiny model, the paper's
+beside them.
+
+python egspo.py                        4x4 Sudoku on 2 CPU cores
+python egspo.py --lam 0                EGSPO without the stepwise advantage
+python egspo.py --select uniform       the ablation: K random steps
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
+                    load_model, load_task, micro_batches, parse_args, per_step, pick_device, refuse,
+                    reward_rows, score)
+
+
+@dataclass
+class Args:
+    # <frozen: flags>
+    model: str = "tiny"  # "tiny" (built on first use) or a transformers folder
+    task: str = "sudoku"  # what to learn
+    seed: int = 1  # decides every random draw of the run, not the tiny base
+    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
+    resume: str = ""  # go on with this run folder
+    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
+    eval_every: int = 20  # updates between evaluations on the held-out rows
+    save_every: int = 10  # updates between checkpoints
+    prompts: int = 32  # prompts per rollout
+    G: int = 8  # samples per prompt (a group)
+    L: int = 16  # completion length, tokens (LLM: 256)
+    S: int = 8  # denoising steps per completion (LLM: 128)
+    block: int = 16  # tokens per block, decoded left to right (LLM: 32)
+    temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    budget: int = 8448  # most tokens in one forward of an update or an evaluation
+    # </frozen>
+    steps: int = 90  # rollouts, each with its updates
+    order: str = "top_prob"  # positions to reveal: top_prob | random | confidence (the theorem fails with it)
+    K: int = 8  # denoising steps kept per row (paper: 8 of 128)
+    select: str = "entropy"  # which steps are kept: entropy (paper) | uniform | all
+    lam: float = 0.5  # lambda, weight of the stepwise advantage (paper: 0.5); 0 is EGSPO
+    eps_lo: float = 0.2  # lower clip (paper: 0.2)
+    eps_hi: float = 0.5  # upper clip (paper: 0.5)
+    beta: float = 0.0  # weight of the KL to the model before training (paper: 0.04); 0: no reference model
+    passes: int = 1  # passes over the kept steps of a rollout
+    minibatches: int = 8  # optimizer steps per pass, each on whole groups (paper: 1)
+    lr: float = 2e-4  # AdamW (paper: 3e-5 with LoRA; full fine-tuning of an LLM: start at 1e-6)
+    grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
+
+
+def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The K steps of highest mean entropy of each row, highest first: steps (B, K), kept (B, K).
+
+    kept is False where a row, ended by an EOS, took fewer than K steps. noise (B, S): take K steps at random
+    instead, still ranked by entropy."""
+    count = per_step(torch.ones_like(roll.entropy), roll.step, roll.S)  # tokens revealed by each step
+    entropy = per_step(roll.entropy, roll.step, roll.S) / count.clamp(min=1)
+    wanted = entropy if noise is None else noise
+    chosen = wanted.masked_fill(count == 0, -1.0).topk(K).indices  # (B, K)
+    by_entropy = entropy.gather(1, chosen).masked_fill(count.gather(1, chosen) == 0, -1.0)
+    steps = chosen.gather(1, by_entropy.argsort(dim=1, descending=True, stable=True))
+    return steps, count.gather(1, steps) > 0
+
+
+def stepwise_return(reward: Tensor, guess_reward: Tensor, lam: float) -> Tensor:
+    """(B,) rewards and (B, K) rewards of the one-step guesses to returns (B, K): credit for improving on the
+    guess."""
+    reward = reward[:, None]
+    return (reward + lam * (reward - guess_reward)) / (1 + lam)
+
+
+def advantage(ret: Tensor, kept: Tensor, G: int) -> Tensor:
+    """Returns (B, K) minus the mean of the group at the same rank; 0 where not kept and where a whole group
+    is equal."""
+    ret, kept = ret.view(-1, G, ret.shape[1]), kept.view(-1, G, ret.shape[1])  # (prompts, G, K)
+    mean = (ret * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    highest = ret.masked_fill(~kept, -torch.inf).amax(1, keepdim=True)
+    lowest = ret.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
+    # by definition, not by subtraction: fp32 means would leave +-1e-8, which Adam turns into full-sized steps
+    return ((ret - mean) * (kept & (highest > lowest))).flatten(0, 1)
+
+
+def step_logp(model: Denoiser, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
+    """l(b, s): log-probability of what step s (B,) revealed, on the canvas the sampler saw before it. (B,),
+    one forward."""
+    hidden, revealed = roll.step >= s[:, None], roll.step == s[:, None]
+    return score(model, canvas(roll, hidden), roll.prompt_mask, roll.completion, revealed, temperature).sum(1)
+
+
+def policy_loss(
+    logp: Tensor, logp_old: Tensor, adv: Tensor, eps_lo: float, eps_hi: float
+) -> tuple[Tensor, Tensor]:
+    """PPO-clipped loss of each (row, step) pair and whether the clip took its gradient away. All (M,)."""
+    ratio = (logp - logp_old).exp()  # 1 on the first pass
+    clipped = ratio.clamp(1 - eps_lo, 1 + eps_hi)
+    gain = torch.min(ratio * adv, clipped * adv)  # pessimistic of the two
+    return -gain, gain < ratio * adv  # minimise
+
+
+def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) from the policy's samples; >= 0. (Its gradient is that of KL(ref ||
+    policy).)"""
+    d = logp_ref - logp
+    return d.exp() - d - 1
+
+
+def train(args: Args) -> float:
+    """One run; returns the held-out accuracy at its end."""
+    if args.order not in ("top_prob", "random", "confidence"):
+        refuse(f"unknown order {args.order!r}: choose from top_prob, random, confidence")
+    if args.select not in ("entropy", "uniform", "all"):
+        refuse(f"unknown select {args.select!r}: choose from entropy, uniform, all")
+    if not 1 <= args.K <= args.S:
+        refuse(f"--K {args.K} must be from 1 to S = {args.S}")
+    if args.prompts % args.minibatches:
+        refuse(f"--minibatches {args.minibatches} must divide --prompts {args.prompts}: groups stay whole")
+    # <frozen: setup>
+    device = pick_device()
+    model = load_model(args.model, device)
+    task = load_task(args, model)
+    # </frozen>
+    reference = copy.deepcopy(model) if args.beta else None
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    # <frozen: run>
+    run = Run(args, METHOD, model, task, optimizer)
+    if args.eval_only:
+        return run.eval_only()
+    # </frozen>
+    K, n = args.S if args.select == "all" else args.K, args.L // args.S
+
+    while not run.boundary():  # 1 save, evaluate
+        # 2 roll out: G completions of each prompt
+        ids = draw_prompts(args, len(task.train), run.step)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+        gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
+        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                       temperature=args.temperature, order=args.order, guess=args.lam > 0)
+        run.counters["nfe_rollout"] += roll.nfe
+        noise = None
+        if args.select == "uniform":
+            gens = [generator(device, args.seed, "select", run.step, i) for i in ids]
+            noise = group_noise(gens, len(rows), (args.S,))
+        steps, kept = select_steps(roll, K, noise)  # (B, K)
+        seconds_rollout = run.lap()
+
+        # 3 reward: of the completions, and of the one-step guesses at the kept steps
+        reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
+        ret = reward[:, None].expand(-1, K)
+        if args.lam > 0:
+            guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, args.L)).flatten(0, 1)  # (B * K, L)
+            guess_reward, _, _ = reward_rows(model, task, guess, [row for row in rows for _ in range(K)])
+            ret = stepwise_return(reward, guess_reward.view(-1, K), args.lam)
+        seconds_reward = run.lap()
+
+        # 4 advantage
+        adv = advantage(ret, kept, args.G)  # (B, K)
+        logp_old = per_step(roll.logp, roll.step, args.S).gather(1, steps)  # (B, K), as sampled
+
+        # 5 update
+        infos = []
+        for epoch in range(args.passes):
+            gen = generator("cpu", args.seed, "pass", run.step, epoch)
+            shuffle = torch.randperm(args.prompts, generator=gen)
+            for groups in shuffle.to(device).chunk(args.minibatches):
+                b = (groups[:, None] * args.G + torch.arange(args.G, device=device)).flatten()  # whole groups
+                pairs = kept[b].nonzero()  # (M, 2)
+                info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
+                for part in micro_batches(pairs, roll.prompt.shape[1] + args.L, args.budget):
+                    r, k = b[part[:, 0]], part[:, 1]
+                    s = steps[r, k]
+                    logp = step_logp(model, roll[r], s, args.temperature)
+                    loss, was_clipped = policy_loss(logp, logp_old[r, k], adv[r, k], args.eps_lo, args.eps_hi)
+                    if reference:
+                        with torch.no_grad():
+                            logp_ref = step_logp(reference, roll[r], s, args.temperature)
+                        kl = k3(logp, logp_ref)
+                        loss = loss + args.beta * kl
+                        info["kl"] += kl.sum().item() / len(pairs)
+                    loss = loss.sum() / (len(b) * K * n)  # per revealed token; a missing step counts as 0
+                    loss.backward()
+                    info["loss"] += loss.item()
+                    info["clip_frac"] += was_clipped.float().sum().item() / len(pairs)
+                    run.counters["nfe_update"] += len(part) * (2 if reference else 1)
+                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                infos.append(info)
+
+        # 6 log
+        same = reward.view(-1, args.G)
+        run.log_update({
+            "reward": reward.mean().item(),
+            **{f"reward_{k}": v for k, v in parts.items()},
+            "equal_groups": (same == same[:, :1]).all(1).float().mean().item(),
+            **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
+            "entropy": roll.entropy[roll.valid].mean().item(),
+            "length": roll.valid.sum(1).float().mean().item(),
+            "seconds_rollout": seconds_rollout,
+            "seconds_reward": seconds_reward,
+            "seconds_update": run.lap(),
+        })
+    return run.finish()
+
+
+METHOD = "egspo"
+if __name__ == "__main__":
+    train(parse_args(Args, METHOD))
