@@ -86,7 +86,7 @@ class Denoiser:
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
 
     def hidden(self, x: Tensor, attn: Tensor | None) -> Tensor:
-        """Canvas (B, P+L) to the hidden states (B, P+L, d) that predict each position; attn False = padding."""
+        """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""
         positions = None
         if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
             positions = (attn.cumsum(1) - 1).clamp(min=0)
@@ -290,20 +290,28 @@ def canvas(rollout: Rollout, hidden: Tensor) -> Tensor:
     return torch.cat([rollout.prompt, rollout.completion.masked_fill(hidden, rollout.mask_id)], 1)
 
 
-def score(
-    model: Denoiser, x: Tensor, prompt_mask: Tensor, target: Tensor, where: Tensor, temperature: float
-) -> Tensor:
-    """log p(target | canvas) at the positions `where` (B, L), 0 elsewhere; differentiable, one forward of B
-    rows.
+def log_prob(logits: Tensor, token: Tensor) -> Tensor:
+    """(M, V) logits and (M, G) tokens to log-probabilities (M, G), without ever holding (M, V) of them."""
+    return logits.gather(1, token) - logits.logsumexp(1, keepdim=True)
 
-    x: (B, P+L) canvas; target: (B, L). The distribution is the sampler's: same temperature, mask token
-    excluded. The head runs at `where` alone. Give `where` so that score(...).sum(1) is a row's
-    log-likelihood."""
+
+def score(
+    model: Denoiser, x: Tensor, prompt_mask: Tensor, target: Tensor, where: Tensor, temperature: float,
+    read: Callable[[Tensor, Tensor], Tensor] = log_prob,
+) -> Tensor:
+    """log p(target | canvas) at the positions `where` (B, L), 0 elsewhere; one forward of B rows.
+
+    x: (B, P+L) canvas. target: (B, L), or (B, G, L) if one canvas serves a whole group; the result alike.
+    The distribution is the sampler's: same temperature, no mask token. The head runs at `where` alone.
+    read: a function of (logits, token) like log_prob, in its place."""
     L = target.shape[-1]
     h = model.hidden(x, attention(prompt_mask, L))[:, -L:]
     logits = model.head(h[where]) / (temperature or 1.0)  # (M, V), M = where.sum()
-    logp = logits.gather(1, target[where][:, None])[:, 0] - logits.logsumexp(1)
-    return logp.new_zeros(where.shape).masked_scatter(where, logp)
+    token = target.movedim(-1, 1)[where]  # (M,) or (M, G)
+    found = read(logits, token.view(len(token), -1)).view(token.shape)
+    out = found.new_zeros(where.shape + token.shape[1:])  # (B, L) or (B, L, G)
+    out[where] = found
+    return out.movedim(1, -1)
 
 
 def micro_batches(items: Tensor, tokens_each: int, budget: int) -> Iterator[Tensor]:
@@ -414,7 +422,7 @@ def load_task(args, model: Denoiser) -> Task:
     P = max(len(model.tokenizer(row["prompt"])["input_ids"]) for row in task.train + task.test)
     room = model.network.config.max_position_embeddings
     if P + args.L > room:
-        refuse(f"the longest prompt has {P} tokens, --L is {args.L}: {args.model} reads {room} at most in all")
+        refuse(f"the longest prompt has {P} tokens, --L is {args.L}: {args.model} reads {room} at most")
     if args.prompts > len(task.train):
         refuse(f"--prompts {args.prompts}: {args.task} has only {len(task.train)} training prompts")
     return task
@@ -441,6 +449,20 @@ def reward_rows(
     return torch.tensor([total for total, _ in scored], device=tokens.device), parts, texts
 
 
+def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, float], G: int, seconds: float) -> dict:
+    """What every method logs of a rollout; seconds: what the rollout took."""
+    groups = reward.view(-1, G)
+    return {
+        "reward": reward.mean().item(),
+        **{f"reward_{name}": value for name, value in parts.items()},
+        "equal_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "entropy": roll.entropy[roll.valid].mean().item(),
+        "length": roll.valid.sum(1).float().mean().item(),
+        "tokens_per_second": roll.valid.sum().item() / seconds,
+        "seconds_rollout": seconds,
+    }
+
+
 # ----------------------------------------------------------------------------------------------------- 6 runs
 
 
@@ -459,7 +481,7 @@ def parse_args(Args: type, method: str):
     saved.pop("commit")
     before = Args(**saved | {"resume": args.resume, "eval_only": args.eval_only})
     args = tyro.cli(Args, default=before)
-    free = {"steps", "eval_every", "save_every", "budget", "resume", "eval_only"}
+    free = {"steps", "eval_every", "eval_threshold", "save_every", "budget", "resume", "eval_only"}
     changed = [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]
     if changed:
         refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(free))}")
@@ -470,13 +492,18 @@ def check(args, method: str):
     """Stop early on settings that cannot work; fill in the default --out. Returns args."""
     if args.task not in TASKS:
         refuse(f"unknown task {args.task!r}: choose from {', '.join(TASKS)}")
-    for name in ("prompts", "L", "S", "block", "eval_every", "save_every", "budget"):
+    for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "save_every", "budget"):
         if getattr(args, name) < 1:
             refuse(f"--{name} must be at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            refuse(f"--{name} must be a finite number, at least 0")
     if args.G < 2:
         refuse("--G must be at least 2: an advantage compares the samples of one prompt")
     if args.steps < 0 or args.temperature <= 0:
         refuse("--steps must be at least 0 and --temperature above 0: rollouts have to explore")
+    if args.prompts % args.minibatches:
+        refuse(f"--minibatches {args.minibatches} must divide --prompts {args.prompts}: groups stay whole")
     if args.L % args.block:
         refuse(f"--L {args.L} is not a multiple of --block {args.block}")
     if args.L % args.S or args.S % (args.L // args.block):
@@ -504,27 +531,34 @@ def draw_prompts(args, count: int, step: int) -> list[int]:
     return order[batch * args.prompts : (batch + 1) * args.prompts].tolist()
 
 
-def evaluate(model: Denoiser, task: Task, args) -> tuple[dict[str, float], list[str]]:
-    """Greedy, fixed S, order top_prob, on every held-out row: the same for all methods. Returns metrics and
-    texts."""
-    rewards, parts, texts = [], [], []
-    size = max(1, args.budget // (args.L + len(task.test[0]["prompt"])))
-    for start in range(0, len(task.test), size):
-        rows = task.test[start : start + size]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0.0)
-        r, p, t = reward_rows(model, task, roll.completion, rows)
-        rewards.append(r)
-        parts.append({k: v * len(rows) for k, v in p.items()})
-        texts += t
-    mean = {k: sum(p[k] for p in parts) / len(task.test) for k in parts[0]}
-    metrics = {"eval_accuracy": mean["correct"], "eval_reward": torch.cat(rewards).mean().item()}
-    return metrics | {"eval_parse_fail": mean["parse_fail"]}, texts
+def evaluate(model: Denoiser, task: Task, args, threshold: float | None = None) -> tuple[dict, list[str]]:
+    """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics and the texts.
+
+    Fixed S; or, as a second opinion, adaptive decoding with a `threshold` (see denoise)."""
+    completions, nfe = [], 0
+    for start in range(0, len(task.test), 256):
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test[start : start + 256]])
+        roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0,
+                       threshold=threshold)
+        completions.append(roll.completion)
+        nfe += roll.nfe
+    reward, parts, texts = reward_rows(model, task, torch.cat(completions), task.test)
+    metrics = {"accuracy": parts["correct"], "reward": reward.mean().item(), "parse_fail": parts["parse_fail"]}
+    return metrics | {"nfe_per_row": nfe / len(task.test)}, texts
+
+
+def evaluation(model: Denoiser, task: Task, args) -> tuple[dict, list[str]]:
+    """An evaluation as it is logged: keys eval_*, and threshold_* for adaptive decoding."""
+    fixed, texts = evaluate(model, task, args)
+    metrics = {f"eval_{k}": v for k, v in fixed.items()}
+    if args.eval_threshold:
+        adaptive, _ = evaluate(model, task, args, args.eval_threshold)
+        metrics |= {f"threshold_{k}": v for k, v in adaptive.items()}
+    return metrics, texts
 
 
 class Run:
-    """One run: its folder (args.json, metrics.jsonl, state.pt, curve.png, model/), clock, counters and
-    ctrl-C."""
+    """One run: folder (args.json, metrics.jsonl, state.pt, curve.png, model/), clock, counters, ctrl-C."""
 
     def __init__(self, args, method: str, model: Denoiser, task: Task, optimizer: torch.optim.Optimizer):
         """Make the folder, or take an existing run up where its checkpoint left it."""
@@ -592,7 +626,7 @@ class Run:
     def evaluate(self):
         """Evaluate and log; the run's clock stands still meanwhile."""
         begin = time.perf_counter()
-        metrics, self.texts = evaluate(self.model, self.task, self.args)
+        metrics, self.texts = evaluation(self.model, self.task, self.args)
         self.log(metrics)
         tqdm.write(f"step {self.step}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin
@@ -618,7 +652,7 @@ class Run:
         self.optimizer.zero_grad()
         if self.skipped_in_a_row == 3:
             self.bar.close()
-            sys.exit(f"error: three steps in a row were not finite; {self.out} keeps the last good checkpoint")
+            sys.exit(f"error: three steps in a row not finite; {self.out} keeps the last good checkpoint")
         return norm
 
     def log_update(self, metrics: dict):
@@ -655,7 +689,7 @@ class Run:
 
     def eval_only(self) -> float:
         """--eval_only: print the report of the model as it is; returns the held-out accuracy."""
-        metrics, texts = evaluate(self.model, self.task, self.args)
+        metrics, texts = evaluation(self.model, self.task, self.args)
         print_report(self.task, self.args, {f"step {self.step}": metrics}, texts)
         return metrics["eval_accuracy"]
 
@@ -687,10 +721,15 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], texts: 
     them."""
     n = len(texts)
     print(f"\n{n} held-out rows, greedy: L {args.L}, S {args.S}, block {args.block}, order top_prob")
-    print(" " * 22 + "".join(f"{name:>10}" for name in columns))
-    labels = {"eval_accuracy": "solved", "eval_reward": "mean reward", "eval_parse_fail": "unreadable"}
-    for key, label in labels.items():
-        print(f"{label:<22}" + "".join(f"{100 * column[key]:9.1f}%" for column in columns.values()))
+    print(" " * 26 + "".join(f"{name:>10}" for name in columns))
+    labels = {"accuracy": "solved, %", "reward": "mean reward, %", "parse_fail": "unreadable, %"}
+    for kind, decoding in (("eval", ""), ("threshold", ", adaptive")):
+        if all(f"{kind}_accuracy" in column for column in columns.values()):
+            for key, label in labels.items():
+                row = "".join(f"{100 * column[f'{kind}_{key}']:10.1f}" for column in columns.values())
+                print(f"{label + decoding:<26}{row}")
+            row = "".join(f"{column[f'{kind}_nfe_per_row']:10.2f}" for column in columns.values())
+            print(f"{'forwards per row' + decoding:<26}{row}")
     error = max((c["eval_accuracy"] * (1 - c["eval_accuracy"]) / n) ** 0.5 for c in columns.values())
     print(f"(standard error of a solved share: {100 * error:.1f} points)")
     for label, correct in (("solved", 1.0), ("failed", 0.0)):
@@ -715,8 +754,8 @@ def plot(lines: list[dict], file: Path, title: str):
     axes.axhline(evals[0][1], color="0.6", lw=1, ls=":")
     axes.annotate("before", evals[0], (2, 3), textcoords="offset points", color="0.4")
     if rewards:
-        axes.plot(*zip(*rewards, strict=True), color="tab:blue", lw=1, alpha=0.5, label="mean reward, rollouts")
-    axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", lw=2, ms=4, label="held-out solved, greedy")
+        axes.plot(*zip(*rewards, strict=True), color="tab:blue", lw=1, alpha=0.5, label="reward, rollouts")
+    axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", lw=2, ms=4, label="held-out solved")
     axes.annotate(f"{evals[-1][1]:.1f} %", evals[-1], (0, 7), textcoords="offset points", ha="right",
                   color="tab:orange", weight="bold")
     axes.set(xlabel="update", ylabel="%", title=title, ylim=(0, 100))

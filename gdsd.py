@@ -1,0 +1,197 @@
+"""GDSD and GDSD-TLC: guided denoiser self-distillation (arXiv 2605.29398).
+
+KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A). Its log differs from log
+pi_old by psi A and a normaliser nobody can compute; so distil, by plain regression, a score c in which the
+normaliser does not matter:
+
+    loss = mean over rows and mask pairs of (c_theta - c_old - psi A)^2 + beta (c_theta - c_ref)^2
+    c    = mean over the tokens of the completion of the read-out of the token, each scored where it is hidden
+    A    = R_i - mean of the OTHERS' R in the group
+
+read-out (`match`): "tlc" the raw logit minus the mean logit of its position (no softmax anywhere), "logp" the
+log-probability. A mask pair is a random mask and its complement, so that each token is scored exactly once;
+the pairs are drawn once per rollout and kept for c_old, c_ref and every pass.
+
+Differences from the authors' released code: it centres the logits and then calls cross_entropy, whose softmax
+undoes the centring exactly; its policy term is clamped to +-4e-4, so from the second of 8 passes on its
+gradient is zero (no clamp here: the square stops at its target by itself); masks repeat after 51-76 rollouts;
+its policy term sums over masks while the KL averages; padding is seen and tokens behind the EOS count.
+Differences from the paper: small-batch defaults for the tiny model, the paper's beside them; minibatches.
+
+python gdsd.py                         4x4 Sudoku on 2 CPU cores
+python gdsd.py --match tlc             centred raw logits
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
+                    load_model, load_task, log_prob, micro_batches, parse_args, pick_device, refuse,
+                    reward_rows, rollout_metrics, score)
+
+
+@dataclass
+class Args:
+    # <frozen: flags>
+    model: str = "tiny"  # "tiny" (built on first use) or a transformers folder
+    task: str = "sudoku"  # what to learn
+    seed: int = 1  # decides every random draw of the run, not the tiny base
+    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
+    resume: str = ""  # go on with this run folder
+    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
+    eval_every: int = 20  # updates between evaluations on the held-out rows
+    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
+    save_every: int = 10  # updates between checkpoints
+    prompts: int = 32  # prompts per rollout
+    G: int = 8  # samples per prompt (a group)
+    L: int = 16  # completion length, tokens (LLM: 256)
+    S: int = 8  # denoising steps per completion (LLM: 128)
+    block: int = 16  # tokens per block, decoded left to right (LLM: 32)
+    temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    budget: int = 8448  # most tokens in one forward of an update or an evaluation
+    # </frozen>
+    steps: int = 60  # rollouts, each with its updates
+    match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
+    num_mc: int = 1  # mask pairs per row (paper: 2)
+    psi: float = 1.0  # psi, inverse temperature of the advantage (paper: 10)
+    beta: float = 0.0  # weight of the reference (paper: 1e-3); 0: no reference model
+    passes: int = 4  # mu, passes per rollout (paper: 8)
+    minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
+    lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
+    grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
+
+
+def advantage(reward: Tensor, G: int) -> Tensor:
+    """R_i minus the mean of the others of its group; exactly 0 where a whole group is equal. (B,)."""
+    group = reward.view(-1, G)
+    unequal = group.amax(1, keepdim=True) > group.amin(1, keepdim=True)
+    others = (group.sum(1, keepdim=True) - group) / (G - 1)
+    return ((group - others) * unequal).flatten()
+
+
+def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
+    """Random masks and their complements among the valid positions: hidden (B, pairs, 2, L).
+
+    The number hidden is uniform on 0 .. n_valid. The tail behind the EOS is hidden in both. noise (B, pairs,
+    L + 1)."""
+    n_valid = valid.sum(1)[:, None, None]
+    count = (noise[..., :1] * (n_valid + 1)).long()  # (B, pairs, 1)
+    rank = noise[..., 1:].masked_fill(~valid[:, None], torch.inf).argsort(dim=2).argsort(dim=2)
+    chosen = (rank < count) & valid[:, None]
+    return torch.stack([chosen, valid[:, None] & ~chosen], 2) | ~valid[:, None, None]
+
+
+def centred_logit(logits: Tensor, token: Tensor) -> Tensor:
+    """(M, V) logits and (M, g) tokens to logit[token] - mean of the position's logits, the mask token left
+    out."""
+    kept = logits.isfinite()
+    mean = logits.masked_fill(~kept, 0.0).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+    return logits.gather(1, token) - mean
+
+
+READ = {"logp": log_prob, "tlc": centred_logit}
+
+
+def pair_score(model: Denoiser, roll: Rollout, hidden: Tensor, match: str, temperature: float) -> Tensor:
+    """c (M,) of rows `roll` under one mask pair each, hidden (M, 2, L): the mean read-out of the valid
+    tokens."""
+    both = torch.arange(len(hidden), device=hidden.device).repeat_interleave(2)
+    rows, hidden = roll[both], hidden.flatten(0, 1)  # a mask and its complement, adjacent: 2 M canvases
+    where = hidden & rows.valid
+    x = canvas(rows, hidden)
+    found = score(model, x, rows.prompt_mask, rows.completion, where, temperature, READ[match])
+    return found.sum(1).view(-1, 2).sum(1) / roll.valid.sum(1)
+
+
+def distillation_loss(
+    c: Tensor, c_old: Tensor, c_ref: Tensor, adv: Tensor, psi: float, beta: float
+) -> Tensor:
+    """(c - c_old - psi A)^2 + beta (c - c_ref)^2; all (M,)."""
+    return (c - c_old - psi * adv) ** 2 + beta * (c - c_ref) ** 2
+
+
+def train(args: Args) -> float:
+    """One run; returns the held-out accuracy at its end."""
+    if args.num_mc < 1:
+        refuse("--num_mc must be at least 1")
+    # <frozen: setup>
+    device = pick_device()
+    model = load_model(args.model, device)
+    task = load_task(args, model)
+    # </frozen>
+    reference = copy.deepcopy(model) if args.beta else None
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    # <frozen: run>
+    run = Run(args, METHOD, model, task, optimizer)
+    if args.eval_only:
+        return run.eval_only()
+    # </frozen>
+
+    while not run.boundary():  # 1 save, evaluate
+        # 2 roll out: G completions of each prompt
+        ids = draw_prompts(args, len(task.train), run.step)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+        gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
+        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                       temperature=args.temperature)
+        run.counters["nfe_rollout"] += roll.nfe
+        seconds_rollout = run.lap()
+
+        # 3 reward
+        reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
+        seconds_reward = run.lap()
+
+        # 4 advantage, masks, and the scores to move away from and to stay close to
+        adv = advantage(reward, args.G)  # (B,)
+        gens = [generator(device, args.seed, "masks", run.step, i) for i in ids]
+        hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
+        items = torch.cartesian_prod(torch.arange(len(rows)), torch.arange(args.num_mc)).to(device)
+        tokens_each = 2 * (prompt.shape[1] + args.L)  # a pair is never split
+        c_old = torch.zeros(len(rows), args.num_mc, device=device)
+        c_ref = torch.zeros_like(c_old)
+        with torch.no_grad():
+            for part in micro_batches(items, tokens_each, args.budget):
+                r, j = part.unbind(1)
+                c_old[r, j] = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
+                if reference:
+                    c_ref[r, j] = pair_score(reference, roll[r], hidden[r, j], args.match, args.temperature)
+        run.counters["nfe_update"] += 2 * len(items) * (2 if reference else 1)
+
+        # 5 update
+        infos = []
+        for epoch in range(args.passes):
+            gen = generator("cpu", args.seed, "pass", run.step, epoch)
+            shuffle = torch.randperm(args.prompts, generator=gen).to(device)
+            for groups in shuffle.chunk(args.minibatches):
+                batch = items[torch.isin(items[:, 0] // args.G, groups)]
+                total = 0.0
+                for part in micro_batches(batch, tokens_each, args.budget):
+                    r, j = part.unbind(1)
+                    c = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
+                    loss = distillation_loss(c, c_old[r, j], c_ref[r, j], adv[r], args.psi, args.beta)
+                    loss = loss.sum() / len(batch)  # mean over rows and pairs
+                    loss.backward()
+                    total += loss.item()
+                    run.counters["nfe_update"] += 2 * len(part)
+                infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
+
+        # 6 log
+        run.log_update({
+            **rollout_metrics(roll, reward, parts, args.G, seconds_rollout),
+            **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
+            "c_mean": c_old.mean().item(),
+            "c_std": c_old.std().item(),
+            "seconds_reward": seconds_reward,
+            "seconds_update": run.lap(),
+        })
+    return run.finish()
+
+
+METHOD = "gdsd"
+if __name__ == "__main__":
+    train(parse_args(Args, METHOD))

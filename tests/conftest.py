@@ -1,0 +1,69 @@
+"""Two small models the tests share: a sharp random network, and a table that can be enumerated exactly."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import pretrain  # noqa: E402
+
+TEXTS = ["310220000=", "4=", "01400="]  # prompts of three lengths
+
+
+def sharp_model(eos: float = 0.0, dtype: torch.dtype = torch.float32) -> common.Denoiser:
+    """A random network whose predictions differ by position and context. (An untrained one is near uniform
+    everywhere and would forgive almost any mistake.) `eos` is added to the logit of the EOS."""
+    model = pretrain.tiny_model(layers=2, width=32)
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.network.parameters():
+            if p.dim() == 2:
+                p.copy_(2 * torch.randn(p.shape, generator=gen) / p.shape[1] ** 0.5)
+        model.network.decoder.bias[model.eos_id] += eos
+    model.network.to(dtype)
+    return model
+
+
+def padded_prompts(model: common.Denoiser, G: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One group of G rows per text."""
+    return common.encode(model, [text for text in TEXTS for _ in range(G)])
+
+
+def generators(seed: int = 0) -> list[torch.Generator]:
+    """One per text; the same numbers every time it is called."""
+    return [common.generator("cpu", seed, g) for g in range(len(TEXTS))]
+
+
+def global_random_states() -> tuple:
+    """Of torch, numpy and Python, to compare."""
+    return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
+
+
+class Tabular:
+    """Stands in for common.Denoiser: an arbitrary table of logits, an entry for each state of the completion.
+
+    Tokens 0 .. V-1, the mask token is V. table[state] with state = (x_1, ..., x_L) is (L, V + 1). The prompt
+    is ignored. Small enough to enumerate every trajectory; float64; gradients flow into `table`."""
+
+    def __init__(self, V: int, L: int, seed: int, eos_id: int | None = None):
+        gen = torch.Generator().manual_seed(seed)
+        logits = torch.randn(*(V + 1,) * L, L, V + 1, generator=gen, dtype=torch.float64)
+        self.table = torch.nn.Parameter(logits)
+        self.V, self.L, self.mask_id = V, L, V
+        self.eos_id = -1 if eos_id is None else eos_id  # no token is -1
+        self.pad_id = V + 1
+        self.shift = False
+        self.device = torch.device("cpu")
+
+    def hidden(self, x, attn):
+        h = self.table[tuple(x[:, -self.L :].T)]  # (B, L, V + 1)
+        return torch.nn.functional.pad(h, (0, 0, x.shape[1] - self.L, 0))
+
+    def head(self, h):
+        return h.index_fill(-1, torch.tensor(self.mask_id), -torch.inf)

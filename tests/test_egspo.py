@@ -1,0 +1,268 @@
+"""EGSPO: the policy-gradient theorem by exact enumeration, then each function against its slow or hand-made
+version."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import Tabular
+
+import egspo
+from common import Rollout, per_step, until_eos
+
+V = 3
+
+
+def probabilities(model, state: list[int]) -> torch.Tensor:
+    """(L, V) distribution of every position given a state, a list of tokens with the mask token where
+    hidden."""
+    return model.head(model.hidden(torch.tensor([state]), None))[0, :, :V].softmax(-1)
+
+
+def enumerate_rollouts(model, L: int, n: int, order: str, block: int):
+    """Every trajectory of the sampler as (probability with its graph, completion, step map), written from its
+    rules."""
+    S, mask = L // n, model.mask_id
+
+    def go(probability, state, steps, s):
+        done = [b for b in range(0, L, block) if mask not in state[b : b + block]]
+        ended = any(state[i] == model.eos_id for b in done for i in range(b, b + block))
+        if s == S or ended:
+            yield probability, [model.eos_id if t == mask else t for t in state], steps
+            return
+        p = probabilities(model, state)
+        start = next(b for b in range(0, L, block) if mask in state[b : b + block])
+        hidden = [i for i in range(start, start + block) if state[i] == mask]
+        for weight, chosen in choices(p, hidden, n, order):
+            state2, steps2 = list(state), list(steps)
+            for i, token in chosen:
+                state2[i], steps2[i] = token, s
+            yield from go(probability * weight, state2, steps2, s + 1)
+
+    yield from go(torch.ones((), dtype=torch.float64), [mask] * L, [S] * L, 0)
+
+
+def choices(p: torch.Tensor, hidden: list[int], n: int, order: str):
+    """(probability, [(position, token), ...]) of everything one step can reveal."""
+    if order == "confidence":  # positions follow from the tokens sampled everywhere
+        for tokens in itertools.product(range(V), repeat=len(hidden)):
+            sampled = list(zip(hidden, tokens, strict=True))
+            sure = sorted(sampled, key=lambda it: -p[it[0], it[1]].item())[:n]
+            yield math.prod(p[i, t] for i, t in sampled), sure
+        return
+    if order == "top_prob":
+        subsets = [sorted(hidden, key=lambda i: -p[i].max().item())[:n]]
+    else:
+        subsets = list(itertools.combinations(hidden, n))
+    for subset in subsets:
+        for tokens in itertools.product(range(V), repeat=n):
+            reveal = list(zip(subset, tokens, strict=True))
+            yield math.prod(p[i, t] for i, t in reveal) / len(subsets), reveal
+
+
+def as_rollout(model, completions, steps, S: int) -> Rollout:
+    x, step = torch.tensor(completions), torch.tensor(steps)
+    none = torch.zeros(len(x), 0, dtype=torch.long)
+    zero = torch.zeros(x.shape, dtype=torch.float64)
+    valid = until_eos(x, model.eos_id)
+    return Rollout(none, none.bool(), x, step, zero, zero, valid, None, model.mask_id, S, 0)
+
+
+def gradients(order: str, L: int, n: int, block: int, eos_id: int | None = None, baseline=False):
+    """The exact grad E[R] and the sum over steps of E[(R - b) grad l_s], the latter through step_logp and
+    policy_loss."""
+    model = Tabular(V, L, seed=5, eos_id=eos_id)
+    S = L // n
+    probability, completions, steps = zip(*enumerate_rollouts(model, L, n, order, block), strict=True)
+    probability = torch.stack(probability)
+    assert abs(probability.sum().item() - 1) < 1e-12
+    roll = as_rollout(model, completions, steps, S)
+    gen = torch.Generator().manual_seed(0)
+    value = torch.randn((V + 2) ** L, generator=gen, dtype=torch.float64)  # an arbitrary number per canvas
+    code = (V + 2) ** torch.arange(L)
+    reward = value[(roll.completion * code).sum(1)]
+    exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
+    total = torch.zeros((), dtype=torch.float64)
+    for s in range(S):
+        rows = (roll.step == s).any(1)  # a row ended by an EOS takes no further step
+        at = torch.full((int(rows.sum()),), s)
+        logp = egspo.step_logp(model, roll[rows], at, 1.0)
+        state = roll.completion[rows].masked_fill(roll.step[rows] >= s, model.mask_id)
+        b = 3 * value[(state * code).sum(1)] if baseline else 0.0
+        loss, _ = egspo.policy_loss(logp, logp.detach(), reward[rows] - b, 0.2, 0.5)
+        total = total - (probability[rows].detach() * loss).sum()
+    return exact, torch.autograd.grad(total, model.table)[0]
+
+
+def relative_error(exact, estimate) -> float:
+    return ((estimate - exact).norm() / exact.norm()).item()
+
+
+SHAPES = [dict(L=3, n=1, block=3), dict(L=4, n=2, block=4), dict(L=4, n=1, block=2, eos_id=1)]
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("order", ["top_prob", "random"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["n1", "n2", "eos"])
+def test_theorem(order, shape, baseline):
+    assert relative_error(*gradients(order, **shape, baseline=baseline)) < 1e-10
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=["n1", "n2"])
+def test_theorem_fails_with_the_llada_rule(shape):
+    """The documented counter-example: with `confidence` the positions depend on the sampled tokens."""
+    assert relative_error(*gradients("confidence", **shape)) > 0.1
+    assert relative_error(*gradients("confidence", **shape, baseline=True)) > 0.1
+
+
+def test_tokens_behind_an_eos_count_until_the_row_is_done():
+    """Scoring valid tokens only, as one might, is off: later choices were conditioned on what stands behind
+    the EOS."""
+    model = Tabular(V, 4, seed=5, eos_id=1)
+    found = zip(*enumerate_rollouts(model, 4, 1, "top_prob", 2), strict=True)
+    probability, completions, steps = found
+    roll = as_rollout(model, completions, steps, 4)
+    probability = torch.stack(probability)
+    reward = torch.randn(len(probability), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
+    every = torch.zeros(roll.completion.shape, dtype=torch.float64)
+    for s in range(4):
+        rows = (roll.step == s).any(1)
+        hidden, at = roll.step[rows] >= s, roll.step[rows] == s
+        part = roll[rows]
+        logp = egspo.score(model, egspo.canvas(part, hidden), part.prompt_mask, part.completion, at, 1.0)
+        every = every.index_add(0, rows.nonzero()[:, 0], logp)
+    weight = (probability.detach() * reward)[:, None]
+    right = torch.autograd.grad((weight * every).sum(), model.table, retain_graph=True)[0]
+    wrong = torch.autograd.grad((weight * every * roll.valid).sum(), model.table)[0]
+    assert relative_error(exact, right) < 1e-10
+    assert relative_error(exact, wrong) > 0.05
+
+
+def test_fewer_steps_than_all_are_biased_and_by_how_much():
+    """K < S looks at the finished row to choose; K = S keeps every step and is exact."""
+    model = Tabular(V, 3, seed=5)
+    probability, completions, steps = zip(*enumerate_rollouts(model, 3, 1, "top_prob", 3), strict=True)
+    probability = torch.stack(probability)
+    roll = as_rollout(model, completions, steps, 3)
+    for i, (completion, step) in enumerate(zip(completions, steps, strict=True)):
+        for j in range(3):
+            state = [t if u < step[j] else model.mask_id for t, u in zip(completion, step, strict=True)]
+            roll.entropy[i, j] = torch.special.entr(probabilities(model, state)[j]).sum().detach()
+    reward = torch.randn(27, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
+    error = {}
+    for K in (1, 2, 3):
+        chosen, kept = egspo.select_steps(roll, K, None)
+        assert kept.all()
+        logp = torch.stack([egspo.step_logp(model, roll, chosen[:, k], 1.0) for k in range(K)], 1)
+        total = ((probability.detach() * reward)[:, None] * logp).sum()
+        error[K] = relative_error(exact, torch.autograd.grad(total, model.table)[0])
+    assert error[3] < 1e-10
+    assert 0.02 < error[2] < error[1] < 2, error
+
+
+def test_steps_without_entropy_contribute_exactly_nothing():
+    model = Tabular(V, 3, seed=5)
+    with torch.no_grad():
+        model.table[..., :V] = 0.0
+        model.table[..., 1] = 2000.0  # certain: every step has entropy 0
+    roll = as_rollout(model, [[1, 1, 1]], [[2, 0, 1]], 3)
+    for s in range(3):
+        logp = egspo.step_logp(model, roll, torch.tensor([s]), 1.0)
+        assert torch.autograd.grad(logp.sum(), model.table)[0].abs().max() == 0
+
+
+# ----------------------------------------------------------------------------------------- the functions
+
+
+def random_rollout(B=6, L=8, S=4, seed=0) -> Rollout:
+    gen = torch.Generator().manual_seed(seed)
+    step = torch.stack([torch.randperm(L, generator=gen) for _ in range(B)]) // (L // S)
+    step[1, step[1] >= 2] = S  # this row was ended by an EOS after two steps
+    entropy = torch.rand(B, L, generator=gen) * (step < S)
+    x = torch.zeros(B, L, dtype=torch.long)
+    return Rollout(x[:, :0], x[:, :0].bool(), x, step, -entropy, entropy, x == 0, None, 9, S, 0)
+
+
+def test_select_steps_against_loops():
+    roll = random_rollout()
+    steps, kept = egspo.select_steps(roll, 3, None)
+    for b in range(6):
+        mean = {}
+        for s in range(4):
+            at = [i for i in range(8) if roll.step[b, i] == s]
+            if at:
+                mean[s] = sum(roll.entropy[b, i].item() for i in at) / len(at)
+        best = sorted(mean, key=lambda s: -mean[s])[:3]
+        assert steps[b, kept[b]].tolist() == best
+    assert kept.sum(1).tolist() == [3, 2, 3, 3, 3, 3]
+
+
+def test_select_uniform_is_uniform_and_ranked_by_entropy():
+    """20,000 rows, K = 2 of 4: each step is kept half the time. False alarm: |z| > 5, about 1e-6."""
+    roll = random_rollout(B=2)[torch.zeros(20_000, dtype=torch.long)]
+    noise = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0))
+    steps, kept = egspo.select_steps(roll, 2, noise)
+    share = torch.bincount(steps.flatten(), minlength=4) / 20_000
+    assert kept.all() and ((share - 0.5).abs() < 5 * (0.25 / 20_000) ** 0.5).all()
+    entropy = per_step(roll.entropy, roll.step, 4).gather(1, steps)
+    assert (entropy[:, 0] >= entropy[:, 1]).all()
+
+
+def test_stepwise_advantage_identity():
+    """A_s = (R - mean R) - lambda / (1 + lambda) (r_s - mean r_s); lambda = 0 is EGSPO."""
+    gen = torch.Generator().manual_seed(0)
+    R, r = torch.rand(8, generator=gen), torch.rand(8, 3, generator=gen)
+    every = torch.ones(8, 3, dtype=torch.bool)
+
+    def centred(t):
+        return (t.view(2, 4, -1) - t.view(2, 4, -1).mean(1, keepdim=True)).view(8, -1)
+
+    for lam in (0.0, 0.5, 2.0):
+        adv = egspo.advantage(egspo.stepwise_return(R, r, lam), every, 4)
+        torch.testing.assert_close(adv, centred(R) - lam / (1 + lam) * centred(r))
+
+
+def test_advantage_by_hand_with_a_missing_step():
+    ret = torch.tensor([[1.0, 0.5], [0.0, 0.7], [2.0, 9.0]])
+    kept = torch.tensor([[True, True], [True, True], [True, False]])
+    expected = torch.tensor([[0.0, -0.1], [-1.0, 0.1], [1.0, 0.0]])
+    torch.testing.assert_close(egspo.advantage(ret, kept, 3), expected)
+
+
+def test_equal_rewards_give_exactly_no_advantage():
+    """Subtracting the mean is not enough: in fp32 the mean of six times 0.9 is not 0.9."""
+    ret = torch.full((6, 1), 0.9)
+    assert (ret - ret.mean(0)).abs().max() > 0
+    assert egspo.advantage(ret, torch.ones(6, 1, dtype=torch.bool), 6).abs().max() == 0
+
+
+def test_policy_loss_by_hand_and_against_its_tempting_wrong_versions():
+    ratio = torch.tensor([1.0, 2.0, 0.5, 2.0, 0.5, 1.1])
+    adv = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    #        clip is [0.8, 1.5]:     1 | 1.5 clipped | 0.5 | -2 not clipped | -0.8 clipped | -1.1
+    expected = torch.tensor([-1.0, -1.5, -0.5, 2.0, 0.8, 1.1])
+    loss, was_clipped = egspo.policy_loss(ratio.log(), torch.zeros(6), adv, 0.2, 0.5)
+    torch.testing.assert_close(loss, expected)
+    assert was_clipped.tolist() == [False, True, False, False, True, False]
+    clipped_only = -ratio.clamp(0.8, 1.5) * adv
+    optimistic = -torch.max(ratio * adv, ratio.clamp(0.8, 1.5) * adv)
+    assert (clipped_only - expected).abs().max() > 0.1 and (optimistic - expected).abs().max() > 0.1
+
+
+def test_first_pass_has_ratio_one_and_gradient_minus_advantage():
+    logp = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    adv = torch.tensor([0.3, -0.7, 0.0])
+    loss, was_clipped = egspo.policy_loss(logp, logp.detach(), adv, 0.2, 0.5)
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, -adv)
+    assert not was_clipped.any()
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl():
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    torch.testing.assert_close((p * egspo.k3(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
+    assert (egspo.k3(p.log(), q.log()) >= 0).all()
+    assert egspo.k3(p.log(), p.log()).abs().max() == 0

@@ -1,0 +1,281 @@
+"""What every method must do, whatever its objective: learn, resume bit for bit, stop on wrong input, log,
+save."""
+
+import importlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import pretrain
+
+ROOT = Path(__file__).parent.parent
+METHODS = ["egspo", "wd1", "rldf", "gdsd"]
+SMALL = "--prompts 8 --G 2 --S 4 --eval_every 2 --save_every 1 --seed 3".split()
+TIMING = {"seconds", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second",
+          "peak_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """An untrained tiny model as a transformers folder: what a method does does not depend on its
+    training."""
+    path = tmp_path_factory.mktemp("model") / "untrained"
+    common.save_model(pretrain.tiny_model(layers=1, width=32), path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def few_boards(monkeypatch):
+    """64 held-out boards instead of 1024."""
+    whole = common.sudoku
+    monkeypatch.setitem(common.TASKS, "sudoku", lambda: cut(whole()))
+
+
+def cut(task: common.Task) -> common.Task:
+    task.test = task.test[:64]
+    return task
+
+
+def launch(method: str, *argv) -> float:
+    """`python method.py argv`, in this process."""
+    module = importlib.import_module(method)
+    old, sys.argv = sys.argv, [method + ".py", *map(str, argv)]
+    try:
+        return module.train(common.parse_args(module.Args, method))
+    finally:
+        sys.argv = old
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def lines(out: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "state.pt", weights_only=True)["network"]
+
+
+def same_run(a: Path, b: Path):
+    assert lines(a) == lines(b)
+    one, two = weights(a), weights(b)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path):
+    four, two = tmp_path / "four", tmp_path / "two"
+    launch(method, "--model", folder, *SMALL, "--steps", 4, "--out", four)
+    launch(method, "--model", folder, *SMALL, "--steps", 2, "--out", two)
+    launch(method, "--resume", two, "--steps", 4)
+    same_run(four, two)
+    other = tmp_path / "other-seed"
+    launch(method, "--model", folder, *SMALL, "--steps", 4, "--seed", 4, "--out", other)
+    assert lines(other) != lines(four)
+
+
+def start(method: str, *argv) -> subprocess.Popen:
+    """`python method.py argv` as a user starts it."""
+    command = [sys.executable, str(ROOT / f"{method}.py"), *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_update(out: Path, step: int, process: subprocess.Popen):
+    end = time.time() + 60
+    while time.time() < end and process.poll() is None:
+        if (out / "metrics.jsonl").exists():
+            done = [row["step"] for row in complete_lines(out / "metrics.jsonl")]
+            if done and done[-1] >= step:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"no update {step}: {process.communicate()}")
+
+
+def complete_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    launch("egspo", "--model", folder, *SMALL, "--steps", 12, "--save_every", 3, "--out", whole)
+    process = start("egspo", "--model", folder, *SMALL, "--steps", 12, "--save_every", 3, "--out", killed)
+    wait_for_update(killed, 4, process)
+    process.kill()
+    process.communicate()
+    done = complete_lines(killed / "metrics.jsonl")[-1]["step"]
+    assert done < 12, "killed too late to show anything"
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "rew')  # what a kill in the middle of a write leaves behind
+    (killed / "state.tmp").write_bytes(b"half a checkpoint")
+    launch("egspo", "--resume", killed)
+    whole_lines, killed_lines = lines(whole), lines(killed)
+    # the subprocess evaluates all 1024 boards; everything else must agree
+    assert [row for row in killed_lines if "reward" in row] == [row for row in whole_lines if "reward" in row]
+    assert all(torch.equal(v, weights(killed)[k]) for k, v in weights(whole).items())
+
+
+def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(folder, tmp_path):
+    out = tmp_path / "run"
+    process = start("egspo", "--model", folder, *SMALL, "--steps", 1000, "--save_every", 1000, "--out", out)
+    wait_for_update(out, 2, process)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert f"--resume {out}" in stdout
+    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert 2 <= step < 1000
+    assert complete_lines(out / "metrics.jsonl")[-1]["step"] == step
+    launch("egspo", "--resume", out, "--steps", step + 1)
+    assert lines(out)[-1]["step"] == step + 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    accuracy = launch(method, "--model", folder, *SMALL, "--steps", 3, "--out", out)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("before", "after", "solved", "failed", "NFE", str(out)))
+    first, last = lines(out)[0], lines(out)[-1]
+    assert first["step"] == 0 and last["step"] == 3 and last["eval_accuracy"] == accuracy
+    updates = [row for row in complete_lines(out / "metrics.jsonl") if "reward" in row]
+    assert [row["step"] for row in updates] == [1, 2, 3]
+    assert all(math.isfinite(value) for row in updates for value in row.values())
+    assert updates[0]["nfe_rollout"] == 8 * 2 * 4
+    readme = (ROOT / "README.md").read_text()
+    assert [key for key in updates[0] | first if f"`{key}`" not in readme] == []
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    saved = json.loads((out / "args.json").read_text())
+    assert saved["method"] == method and saved["seed"] == 3
+    model, state = common.load_model(str(out / "model")), weights(out)
+    assert all(torch.equal(v, state[k]) for k, v in model.network.state_dict().items())
+    assert launch(method, "--resume", out, "--eval_only") == accuracy
+    assert launch(method, "--model", out / "model", *SMALL, "--eval_only") == accuracy
+
+
+BAD = {
+    "--task chess": "sudoku",
+    "--model nowhere": "tiny",
+    "--nonsense 1": "nonsense",
+    "--steps many": "steps",
+    "--G 1": "at least 2",
+    "--prompts 0": "at least 1",
+    "--prompts 9000": "8192",
+    "--block 5": "multiple",
+    "--S 3": "divide",
+    "--L 32 --block 8 --S 2": "4 blocks",
+    "--L 64 --S 8": "64",
+    "--temperature 0": "explore",
+    "--steps -1": "at least 0",
+    "--lr nan": "lr",
+    "--resume /nowhere": "no checkpoint",
+}
+BAD_OF = {
+    "rldf": {"--k 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--canvas blank": "canvas"},
+    "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--beta -1": "at least 0"},
+    "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
+    "egspo": {
+        "--K 0": "from 1 to",
+        "--K 9": "from 1 to",
+        "--select best": "entropy",
+        "--order left": "top_prob",
+        "--minibatches 3": "divide",
+        "--threshold 0.9": "threshold",
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_input_stops_with_one_line_and_status_2(method, folder, tmp_path, capfd):
+    for flags, allowed in (BAD | BAD_OF[method]).items():
+        with pytest.raises(SystemExit) as stopped:
+            launch(method, "--model", folder, "--out", tmp_path / "run", *flags.split())
+        message = capfd.readouterr().err
+        assert stopped.value.code == 2, flags
+        assert allowed in message, (flags, message)
+        assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_runs_are_refused(folder, tmp_path, capfd):
+    out = tmp_path / "run"
+    launch("egspo", "--model", folder, *SMALL, "--steps", 1, "--out", out)
+    before = (out / "state.pt").read_bytes(), (out / "metrics.jsonl").read_bytes()
+    settings = json.loads((out / "args.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "args.json").write_text(json.dumps(settings | {"method": "something else"}))
+    (other / "state.pt").write_bytes(before[0])
+    cases = [(("--out", out), "--resume"), (("--resume", out, "--lr", 1), "lr"),
+             (("--resume", other), "another method"), (("--resume", out, "--task", "chess"), "task")]
+    for argv, said in cases:
+        with pytest.raises(SystemExit) as stopped:
+            launch("egspo", "--model", folder, *argv)
+        assert stopped.value.code == 2
+        assert said in capfd.readouterr().err
+    assert before == ((out / "state.pt").read_bytes(), (out / "metrics.jsonl").read_bytes())
+
+
+def test_non_finite_gradients_are_skipped_and_three_stop_the_run(folder, tmp_path, monkeypatch, capfd):
+    """Infinite rewards make the loss NaN from the second update on."""
+    honest, calls = common.reward_rows, []
+
+    def broken(*inputs):
+        reward, parts, texts = honest(*inputs)
+        calls.append(1)
+        return (reward * math.nan if len(calls) > 1 else reward), parts, texts
+
+    egspo = importlib.import_module("egspo")
+    monkeypatch.setattr(egspo, "reward_rows", broken)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        launch("egspo", "--model", folder, *SMALL, "--steps", 9, "--lam", 0, "--minibatches", 1, "--out", out)
+    assert "not finite" in stopped.value.code  # sys.exit with a string: exit status 1
+    updates = [row for row in lines(out) if "reward" in row]
+    assert [row["skipped"] for row in updates] == [0, 1, 2]
+    assert updates[-1]["loss"] is None
+    assert all(v.isfinite().all() for v in weights(out).values())
+
+
+# ------------------------------------------------------------------------------------------------- it learns
+
+LEARN = {
+    "rldf": "--steps 60 --lr 2e-3",
+    "gdsd": "--steps 60 --lr 2e-3",
+    "wd1": "--steps 60 --lr 5e-4",
+    "egspo": "--steps 80 --K 2 --minibatches 1 --lr 5e-3",
+}
+
+
+def echo_task() -> common.Task:
+    """Answer with the prompt's digit, four times. Chance is 1/13 per token."""
+    rows = [{"prompt": f"{digit}="} for digit in "1234"]
+
+    def reward(text: str, row: dict):
+        right = sum(a == row["prompt"][0] for a in text) / 4
+        return right, {"correct": float(right == 1), "parse_fail": 0.0}
+
+    return common.Task(rows, rows, reward, lambda text, row: [row["prompt"] + text])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns(method, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    common.save_model(pretrain.tiny_model(layers=1, width=64), base)
+    monkeypatch.setitem(common.TASKS, "echo", echo_task)
+    begin = time.perf_counter()
+    shape = "--prompts 4 --G 32 --L 4 --S 2 --block 4 --eval_every 1000 --save_every 1000".split()
+    out = tmp_path / "run"
+    launch(method, "--model", base, "--task", "echo", *shape, "--out", out, *LEARN[method].split())
+    rows = lines(out)
+    print(method, time.perf_counter() - begin, [round(row["reward"], 2) for row in rows if "reward" in row])
+    assert rows[0]["eval_reward"] < 0.3
+    assert rows[-1]["eval_reward"] > 0.9

@@ -1,0 +1,183 @@
+"""Scoring: the state rebuilt from the step map is the sampler's own, and so are its log-probs."""
+
+import pytest
+import torch
+from conftest import generators, padded_prompts, sharp_model
+
+from common import attention, canvas, denoise, micro_batches, per_step, score
+
+L, S, BLOCK, G = 12, 6, 4, 4
+OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
+CASES = [{}, {"order": "random", "block": L}, {"order": "confidence", "threshold": 0.5}]
+
+
+def rollout(model, **options):
+    options = {"L": L, "S": S, "block": BLOCK} | options
+    return denoise(model, *padded_prompts(model, G), generators(), **options)
+
+
+def rescored(model, roll, temperature: float) -> torch.Tensor:
+    """Each token's log-prob on the canvas rebuilt before its step: (B, L)."""
+    total = 0.0
+    for s in roll.step[roll.step < roll.S].unique():
+        x = canvas(roll, roll.step >= s)
+        total += score(model, x, roll.prompt_mask, roll.completion, roll.step == s, temperature)
+    return total
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_the_rebuilt_state_is_what_the_sampler_saw(options, monkeypatch):
+    model = sharp_model(OFTEN)
+    seen, real = [], model.hidden
+
+    def recording(x, attn):
+        seen.append(x)
+        return real(x, attn)
+
+    monkeypatch.setattr(model, "hidden", recording)
+    roll = rollout(model, **options)
+    leaks = 0
+    for s, x in enumerate(seen):
+        at_work = (roll.step == s).any(1)  # a row still at work reveals at least one token
+        assert torch.equal(canvas(roll, roll.step >= s)[at_work], x)
+        tail_visible = canvas(roll, (roll.step >= s) & (roll.step < roll.S))  # the released RLDF code
+        leaks += not torch.equal(tail_visible[at_work], x)
+    assert not (roll.step[roll.step < roll.S] >= len(seen)).any()
+    assert roll.step.max() == roll.S or options.get("block") == L
+    assert (leaks > 0) == (roll.step.max() == roll.S)  # that canvas gives the answer's length away
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("options", CASES)
+def test_recorded_log_probs_equal_rescored_ones(options, temperature):
+    model = sharp_model(OFTEN)
+    model.network.head.norm.weight.data.mul_(0.5)  # logits up to 3: rounding grows with them
+    roll = rollout(model, temperature=temperature, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(rescored(model, roll, temperature), roll.logp, atol=1e-6, rtol=1e-6)
+        other = rescored(model, roll, 1.7 - temperature)  # the released EGSPO: sampled at 0.9, scored at 1
+    assert (other - roll.logp).abs().max() > 0.1
+
+
+def test_the_mask_token_has_no_share_in_a_log_prob():
+    model = sharp_model()
+    model.network.decoder.bias.data[model.mask_id] += 50
+    roll = rollout(model)
+    logp = rescored(model, roll, 1.0)
+    torch.testing.assert_close(logp, roll.logp, atol=1e-6, rtol=1e-6)
+    logp.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.network.parameters())
+    x, where = canvas(roll, roll.step >= 0), roll.step == 0
+    h = model.hidden(x, attention(roll.prompt_mask, L))[:, -L:]
+    raw = model.network.decoder(model.network.head(h)).log_softmax(-1)  # the mask token left in
+    wrong = raw.gather(2, roll.completion[..., None])[..., 0]
+    assert (wrong - roll.logp)[where].abs().min() > 10
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_score_equals_full_logits_gathered(temperature):
+    model = sharp_model()
+    roll = rollout(model)
+    x = canvas(roll, roll.step >= 2)
+    where = torch.rand(x.shape[0], L, generator=torch.Generator().manual_seed(0)) < 0.4
+    where[3] = False
+    logits = model.head(model.hidden(x, attention(roll.prompt_mask, L)))[:, -L:]
+    full = (logits / temperature).log_softmax(-1).gather(2, roll.completion[..., None])[..., 0]
+    found = score(model, x, roll.prompt_mask, roll.completion, where, temperature)
+    torch.testing.assert_close(found, full * where, atol=2e-6, rtol=1e-6)
+    assert (found[~where] == 0).all()
+
+
+def test_one_canvas_scores_a_whole_group():
+    """target (B, G, L) with one canvas per group equals G canvases, in value and gradient, 1/G the price."""
+    model = sharp_model(dtype=torch.float64)
+    prompt, prompt_mask = padded_prompts(model, 1)
+    x = torch.cat([prompt, torch.full((3, L), model.mask_id)], 1)
+    gen = torch.Generator().manual_seed(0)
+    target = torch.randint(4, 14, (3, G, L), generator=gen)
+    where = torch.rand(3, L, generator=gen) < 0.7
+    weight = torch.randn(3, G, L, generator=gen, dtype=torch.float64)
+    together = score(model, x, prompt_mask, target, where, 0.7)
+    together_grads = torch.autograd.grad((together * weight).sum(), list(model.network.parameters()))
+    apart = score(model, *(t.repeat_interleave(G, 0) for t in (x, prompt_mask)), target.flatten(0, 1),
+                  where.repeat_interleave(G, 0), 0.7).view(3, G, L)
+    torch.testing.assert_close(together, apart, atol=1e-12, rtol=1e-12)
+    apart_grads = torch.autograd.grad((apart * weight).sum(), list(model.network.parameters()))
+    for one, other in zip(together_grads, apart_grads, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()  # ModernBERT rotates in fp32, whatever its weights
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="score: token.view(0, -1) is ambiguous")
+@pytest.mark.parametrize("shape", [(3, L), (3, G, L)])
+def test_nothing_to_score(shape):
+    """A micro-batch may hold canvases without a single scored token."""
+    model = sharp_model()
+    prompt, prompt_mask = padded_prompts(model, 1)
+    x = torch.cat([prompt, torch.full((3, L), model.mask_id)], 1)
+    nothing = torch.zeros(3, L, dtype=torch.bool)
+    found = score(model, x, prompt_mask, torch.full(shape, 4), nothing, 1.0)
+    assert torch.equal(found, torch.zeros(shape))
+    found.sum().backward()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_padding_changes_no_score(dtype, tolerance):
+    model = sharp_model(dtype=dtype)
+    roll = rollout(model)
+    x, everywhere = canvas(roll, roll.step >= 3), torch.ones_like(roll.valid)
+    with torch.no_grad():
+        padded = score(model, x, roll.prompt_mask, roll.completion, everywhere, 1.0)
+        no_mask = score(model, x, torch.ones_like(roll.prompt_mask), roll.completion, everywhere, 1.0)
+        for b, mask in enumerate(roll.prompt_mask):
+            kept = torch.cat([mask, everywhere[b]])
+            row = slice(b, b + 1)
+            alone = score(model, x[row, kept], mask[None, mask], roll.completion[row], everywhere[row], 1.0)
+            torch.testing.assert_close(padded[row], alone, atol=tolerance, rtol=0)
+    padding = ~roll.prompt_mask.all(1)
+    assert (padded - no_mask)[padding].abs().amax(1).min() > 0.1  # the attention mask is what does it
+    assert torch.equal(padded[~padding], no_mask[~padding])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_gradient_does_not_depend_on_the_budget(dtype, tolerance):
+    model = sharp_model(OFTEN, dtype)
+    roll = rollout(model, order="confidence", threshold=0.5)
+    b, s = (per_step(torch.ones_like(roll.logp), roll.step, roll.S) > 0).nonzero().T  # every step taken
+    weight = torch.randn(len(b), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    each = roll.prompt.shape[1] + L
+
+    def gradient(budget: int, global_normaliser: bool = True) -> torch.Tensor:
+        model.network.zero_grad()
+        parts = list(micro_batches(torch.arange(len(b)), each, budget))
+        for part in parts:
+            row, step = roll[b[part]], s[part][:, None]
+            revealed = row.step == step
+            logp = score(model, canvas(row, row.step >= step), row.prompt_mask, row.completion, revealed, 1.0)
+            loss = (logp.sum(1) * weight[part]).sum() / revealed.sum().clamp(min=1) / len(parts)
+            if global_normaliser:
+                loss = (logp.sum(1) * weight[part]).sum() / (roll.step < roll.S).sum()
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.network.parameters()])
+
+    whole = gradient(10**6)
+    for budget in (20 * each, 7 * each + 1):
+        assert (gradient(budget) - whole).norm() <= tolerance * whole.norm()
+        assert (gradient(budget, False) - whole).norm() > 0.01 * whole.norm()  # counted per micro-batch
+
+
+def test_micro_batches_cover_everything_once_within_the_budget():
+    items = torch.randperm(23, generator=torch.Generator().manual_seed(0))
+    for tokens_each, budget, most in ((10, 70, 7), (10, 79, 7), (10, 10_000, 23), (10, 3, 1)):
+        parts = list(micro_batches(items, tokens_each, budget))
+        assert torch.equal(torch.cat(parts), items)
+        assert max(map(len, parts)) == most
+
+
+def test_per_step_equals_a_loop():
+    roll = rollout(sharp_model(OFTEN), threshold=0.5)
+    expected = torch.zeros(3 * G, roll.S)
+    for b, i in (roll.step < roll.S).nonzero().tolist():
+        expected[b, roll.step[b, i]] += roll.logp[b, i]
+    torch.testing.assert_close(per_step(roll.logp, roll.step, roll.S), expected)
+    tail = (roll.step == roll.S).float()
+    assert tail.sum() > 0 and (per_step(tail, roll.step, roll.S) == 0).all()

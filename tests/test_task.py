@@ -1,0 +1,225 @@
+"""Sudoku, its reward, prompts in and answers out, and the private random generators."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, global_random_states, sharp_model
+
+from common import (draw_prompts, encode, generator, reward_rows, sudoku, sudoku_draw, sudoku_grids,
+                    sudoku_puzzles, sudoku_reward, sudoku_split, until_eos)
+
+PUBLIC = ROOT.parent / "shared" / "data" / "4x4_test_sudoku.csv"
+ROW = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
+
+
+@pytest.fixture(scope="module")
+def task():
+    return sudoku()
+
+
+@pytest.fixture(scope="module")
+def public_rows() -> list[dict]:
+    """The 500 boards d1, EGSPO and GDSD are tested on."""
+    if not PUBLIC.exists():
+        pytest.skip(f"the public test boards are not at {PUBLIC}")
+    with open(PUBLIC, newline="") as file:
+        return [{"puzzle": row["Puzzle"], "solution": row["Solution"]} for row in csv.DictReader(file)]
+
+
+def solutions(board: str) -> list[str]:
+    """All solutions, by trying every digit in the first blank: slow, and independent of common.py."""
+    if "0" not in board:
+        return [board]
+    i = board.index("0")
+    seen = {board[j] for j in range(16)
+            if j // 4 == i // 4 or j % 4 == i % 4 or (j // 8, j % 4 // 2) == (i // 8, i % 4 // 2)}
+    found = []
+    for digit in "1234":
+        if digit not in seen:
+            found += solutions(board[:i] + digit + board[i + 1 :])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the boards
+
+
+def test_there_are_288_grids():
+    """Equal to what the slow solver makes of an empty board."""
+    assert ["".join(map(str, grid)) for grid in sudoku_grids()] == solutions("0" * 16)
+    assert len(sudoku_grids()) == 288
+
+
+def test_train_and_test_share_no_solution(task):
+    train, test = ({"".join(map(str, grid)) for grid in part} for part in sudoku_split())
+    assert (len(train), len(test), len(train | test)) == (228, 60, 288)
+    assert (len(task.train), len(task.test)) == (8192, 1024)
+    assert {row["solution"] for row in task.train} == train
+    assert {row["solution"] for row in task.test} == test
+
+
+def test_boards(task):
+    for row in task.train[:100] + task.test[:100]:
+        assert row["prompt"] == row["puzzle"] + "="
+        assert 6 <= row["puzzle"].count("0") <= 10
+        assert solutions(row["puzzle"]) == [row["solution"]]
+    blanks = [row["puzzle"].count("0") for row in task.test]
+    assert set(blanks) == {6, 7, 8, 9, 10}
+    again = sudoku()
+    assert again.train == task.train and again.test == task.test
+
+
+def test_puzzles_are_a_function_of_their_generator():
+    draws = [sudoku_puzzles(sudoku_grids(), 50, np.random.default_rng(seed))[0] for seed in (0, 0, 1)]
+    assert draws[0].shape == (50, 16)
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
+
+
+# ------------------------------------------------------------------------------------------------ the reward
+
+
+def test_reward_on_the_public_boards(public_rows):
+    assert len(public_rows) == 500
+    for row in public_rows:
+        puzzle, gold = row["puzzle"], row["solution"]
+        assert sudoku_reward(gold, row) == (1.0, {"correct": 1.0, "parse_fail": 0.0})
+        blanks = puzzle.count("0")
+        for i in range(16):
+            total, parts = sudoku_reward(gold[:i] + str(int(gold[i]) % 4 + 1) + gold[i + 1 :], row)
+            assert total == ((blanks - 1) / blanks if puzzle[i] == "0" else 0.0)
+            assert parts == {"correct": 0.0, "parse_fail": 0.0}
+
+
+def test_124_public_boards_have_more_than_one_solution(public_rows):
+    """The reward compares with the file's, as the papers do; another right answer scores less than 1."""
+    found = [solutions(row["puzzle"]) for row in public_rows]
+    assert all(row["solution"] in answers for row, answers in zip(public_rows, found, strict=True))
+    several = [(row, answers) for row, answers in zip(public_rows, found, strict=True) if len(answers) > 1]
+    assert len(several) == 124
+    for row, answers in several:
+        assert sum(sudoku_reward(answer, row)[1]["correct"] for answer in answers) == 1
+
+
+GOLD = ROW["solution"]
+
+
+@pytest.mark.parametrize("text, total, parse_fail", [
+    (GOLD, 1.0, 0.0),
+    ("\n".join(GOLD[i : i + 4] for i in range(0, 16, 4)), 1.0, 0.0),
+    (" ".join(GOLD) + "\n", 1.0, 0.0),
+    ("1" + GOLD[1:], 0.0, 0.0),  # a changed clue
+    ("0" + GOLD[1:], 0.0, 0.0),
+    ("1" * 16, 0.0, 0.0),
+    (ROW["puzzle"], 0.0, 0.0),  # the puzzle copied, blanks left
+    (GOLD[:2] + "9" + GOLD[3:], 7 / 8, 0.0),
+    (GOLD + "123", 0.0, 1.0),  # 19 digits
+    (GOLD[:15], 0.0, 1.0),
+    ("", 0.0, 1.0),
+    ("   \n", 0.0, 1.0),
+    ("the answer is 42", 0.0, 1.0),
+    (GOLD[:15] + "x", 0.0, 1.0),
+    (GOLD[:15] + "-", 0.0, 1.0),
+    (GOLD[:15] + "٤", 0.0, 1.0),  # Arabic-Indic 4: str.isdigit() is True
+    (GOLD[:15] + "⁴", 0.0, 1.0),
+])
+def test_reward_edge_cases(text, total, parse_fail):
+    assert ROW["puzzle"].count("0") == 8
+    expected = {"correct": float(total == 1.0), "parse_fail": parse_fail}
+    assert sudoku_reward(text, ROW) == (total, expected)
+
+
+def test_what_d1_rewards():
+    """The released reward of d1, wd1 and EGSPO: cut to 16 digits, only blanks compared."""
+    def d1(text):
+        pairs = [(b, s) for p, b, s in zip(ROW["puzzle"], text[:16], GOLD, strict=True) if p == "0"]
+        return sum(b == s for b, s in pairs) / len(pairs)
+
+    for text, paid in ((GOLD, 1.0), ("1" + GOLD[1:], 1.0), (GOLD + "123", 1.0), ("1" * 16, 0.25)):
+        assert d1(text) == paid
+        assert sudoku_reward(text, ROW)[0] == (1.0 if text == GOLD else 0.0)
+
+
+def test_the_reward_draws_no_number_and_prints_nothing(capsys):
+    before = global_random_states()
+    for text in (GOLD, "1" * 16, "", "what?") * 10:
+        sudoku_reward(text, ROW)
+    assert global_random_states() == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_draw_marks_every_wrong_cell():
+    lines = sudoku_draw("1" + GOLD[1:], ROW)
+    assert lines == ["3 1 · 2   !1 1 4 2", "2 · · ·    2 4 3 1", "· 2 1 ·    4 2 1 3", "· 3 2 ·    1 3 2 4"]
+    assert sudoku_draw("12 3", ROW) == ["3102200002100320 -> '12 3' (not 16 digits)"]
+
+
+# ---------------------------------------------------------------------------------------------- text and ids
+
+
+def test_encode_pads_on_the_left_and_cuts_nothing():
+    model = sharp_model()
+    texts = ["31=", "3102200002100320=", "="]
+    ids, mask = encode(model, texts)
+    assert ids.shape == mask.shape == (3, 17)
+    assert (ids[~mask] == model.pad_id).all()
+    for row, kept, text in zip(ids, mask, texts, strict=True):
+        assert model.tokenizer.decode(row[kept]) == text
+        assert kept.tolist() == [False] * (17 - len(text)) + [True] * len(text)
+
+
+def test_reward_rows_reads_up_to_the_first_eos():
+    model = sharp_model()
+    eos, pad = model.eos_id, model.pad_id
+    gold, more = (model.tokenizer(text)["input_ids"] for text in (GOLD, "123"))
+    completions = torch.tensor([
+        gold + [eos, eos, eos, eos],
+        gold + [eos] + more,  # what is behind the EOS was never said
+        gold + more + [eos],
+        gold[:15] + [eos] + gold[15:] + more[:1] + [pad, pad],
+        gold + [eos, pad, pad, pad],
+    ])
+    assert until_eos(completions, eos).sum(1).tolist() == [17, 17, 20, 16, 17]
+    rows = [ROW] * len(completions)
+    seen = []
+
+    def reward(text, row):
+        seen.append((text, row))
+        return sudoku_reward(text, row)
+
+    total, parts, texts = reward_rows(model, SimpleNamespace(reward=reward), completions, rows)
+    assert texts == [GOLD, GOLD, GOLD + "123", GOLD[:15], GOLD]
+    assert seen == list(zip(texts, rows, strict=True))
+    assert total.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
+    assert parts == {"correct": 3 / 5, "parse_fail": 2 / 5}
+
+
+# --------------------------------------------------------------------------------------------- private draws
+
+
+def test_a_generator_is_a_function_of_its_key():
+    before = global_random_states()
+    keys = [(1, "rollout", 3, 7), (2, "rollout", 3, 7), (1, "select", 3, 7), (1, "rollout", 7, 3),
+            (1, "rollout", 37)]
+    draws = [torch.rand(8, generator=generator("cpu", *key)).tolist() for key in keys]
+    again = [torch.rand(8, generator=generator("cpu", *key)).tolist() for key in keys]
+    assert draws == again
+    assert len({tuple(draw) for draw in draws}) == len(keys)
+    assert global_random_states() == before
+
+
+def test_draw_prompts():
+    args = SimpleNamespace(seed=1, prompts=8)
+    before = global_random_states()
+    updates = [draw_prompts(args, 40, step) for step in range(15)]
+    assert updates == [draw_prompts(args, 40, step) for step in range(15)]  # no state
+    assert global_random_states() == before
+    assert all(len(set(ids)) == 8 for ids in updates)
+    epochs = [sum(updates[i : i + 5], []) for i in (0, 5, 10)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+    assert epochs[0] != epochs[1]  # shuffled anew
+    assert draw_prompts(SimpleNamespace(seed=2, prompts=8), 40, 0) != updates[0]
+    uneven = [draw_prompts(args, 43, step) for step in range(10)]  # 3 prompts sit out, other ones each epoch
+    assert all(len(set(ids)) == 8 for ids in uneven)
+    assert len(set(sum(uneven[:5], []))) == 40

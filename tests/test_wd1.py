@@ -1,0 +1,484 @@
+"""wd1 and wd1++: the weights, the two log-likelihoods and what is drawn, each against slow loops; then whole
+runs."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model
+from test_methods import launch
+
+import common
+import wd1
+from common import canvas, denoise, encode, group_noise, until_eos
+from wd1 import clean_predictions, draw_steps, group_weights, hide_tokens, one_step_logp, trajectory_logp
+
+L, G = 12, 4
+OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
+T = 0.7
+
+
+def every(reward: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(reward, dtype=torch.bool)
+
+
+def random_rewards(*shape) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def slow_weights(rewards: list[float], psi: float, positive_only: bool) -> list[float]:
+    """w- - w+ of one group, from Eq. 9."""
+    mean = sum(rewards) / len(rewards)
+    up = [math.exp(psi * (r - mean)) for r in rewards]
+    down = [0.0 if positive_only else math.exp(-psi * (r - mean)) for r in rewards]
+    return [d / (sum(down) or 1) - u / sum(up) for u, d in zip(up, down, strict=True)]
+
+
+def up_to_eos(y: torch.Tensor, eos_id: int) -> range:
+    """The positions that count in one completion."""
+    tokens = y.tolist()
+    return range(tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens))
+
+
+def slow_logits(model, prompt, prompt_mask, shown) -> torch.Tensor:
+    """(L, V) of one row alone, its prompt without padding; `shown` (L,) is the completion's part of the
+    canvas."""
+    x = torch.cat([prompt[prompt_mask], shown])[None]
+    return model.head(model.hidden(x, None))[0, -len(shown) :]
+
+
+def slow_logp(model, prompt, prompt_mask, shown, y, temperature: float) -> torch.Tensor:
+    """sum of log p(y) over hidden and valid positions, divided by the hidden share: Eq. 10, and with
+    everything hidden Eq. 8."""
+    logits = slow_logits(model, prompt, prompt_mask, shown)
+    hidden = [i for i in range(len(y)) if shown[i] == model.mask_id]
+    counted = [i for i in up_to_eos(y, model.eos_id) if i in hidden]
+    total = sum((logits[i] / temperature).log_softmax(0)[y[i]] for i in counted)
+    return total / (len(hidden) / len(y))
+
+
+def slow_clean_prediction(model, roll, b: int, s: int) -> torch.Tensor:
+    """The greedy completion of the canvas before step s; of the row's last step, the finished row."""
+    if s == max(step for step in roll.step[b].tolist() if step < roll.S):
+        return roll.completion[b]
+    shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
+    best = slow_logits(model, roll.prompt[b], roll.prompt_mask[b], shown).argmax(1)
+    return torch.where(shown == model.mask_id, best, shown)
+
+
+def steps_taken(roll) -> list[tuple[int, int]]:
+    return [(b, s) for b in range(len(roll.step)) for s in range(roll.S) if s in roll.step[b].tolist()]
+
+
+def gradient(model, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.network.parameters()))])
+
+
+# ----------------------------------------------------------------------------------------- the weights
+
+
+def test_hand_computed_example():
+    """psi = ln 2. Group 1: A = 1, 0, -1, so w+ = (4, 2, 1) / 7. Group 2: A = 2, -1, -1, so w+ = (8, 1, 1) / 10
+    and w- = (1, 8, 8) / 17."""
+    reward = torch.tensor([[2.0, 1.0, 0.0], [3.0, 0.0, 0.0]])
+    logp = torch.tensor([[-1.0, -2.0, -3.0], [-2.0, -1.0, -4.0]])
+    weight = group_weights(reward, every(reward), math.log(2), False)
+    expected = torch.tensor([[-3 / 7, 0, 3 / 7], [-126 / 170, 63 / 170, 63 / 170]])
+    torch.testing.assert_close(weight, expected)
+    assert (weight * logp).sum().item() / 2 == pytest.approx((-6 / 7 - 63 / 170) / 2)
+    positive = group_weights(reward, every(reward), math.log(2), True)
+    assert (positive * logp).sum().item() / 2 == pytest.approx((11 / 7 + 21 / 10) / 2)
+
+
+@pytest.mark.parametrize("positive_only", [False, True])
+def test_weights_against_loops_and_what_they_sum_to(positive_only):
+    reward = random_rewards(3, 5)
+    weight = group_weights(reward, every(reward), 2.0, positive_only)
+    expected = [slow_weights(group, 2.0, positive_only) for group in reward.tolist()]
+    torch.testing.assert_close(weight, torch.tensor(expected, dtype=torch.float64), atol=1e-14, rtol=0)
+    logp = -random_rewards(3, 5)
+    moved = (weight * (logp + 100)).sum() - (weight * logp).sum()  # a constant added to every log-likelihood
+    assert moved.item() == pytest.approx(-300 if positive_only else 0, abs=1e-10)
+
+
+def test_small_psi_is_the_centred_reward_and_psi_is_odd():
+    """w+ - w- = (2 psi / G) A + O(psi^3): halving psi divides the rest by 8."""
+    reward = random_rewards(2, 5)
+    adv = reward - reward.mean(1, keepdim=True)
+
+    def rest(psi):
+        return (-group_weights(reward, every(reward), psi, False) - 2 * psi / 5 * adv).norm()
+
+    assert 7.9 < rest(0.02) / rest(0.01) < 8.1
+    weight, opposite = (group_weights(reward, every(reward), psi, False) for psi in (1.5, -1.5))
+    torch.testing.assert_close(weight, -opposite, atol=1e-15, rtol=0)
+
+
+def test_invariant_to_a_constant_and_equivariant_to_a_permutation():
+    reward, order = random_rewards(2, 5), [3, 0, 4, 2, 1]
+    weight = group_weights(reward, every(reward), 2.0, False)
+    shifted = group_weights(reward + 7, every(reward), 2.0, False)
+    torch.testing.assert_close(shifted, weight, atol=1e-14, rtol=0)
+    permuted = group_weights(reward[:, order], every(reward), 2.0, False)
+    torch.testing.assert_close(permuted, weight[:, order], atol=1e-15, rtol=0)
+
+
+def test_groups_do_not_mix():
+    reward = random_rewards(2, 4) + torch.tensor([[0.0], [3.0]])  # an easy and a hard prompt
+    adv = reward - reward.mean(1, keepdim=True)
+    together = group_weights(reward, every(reward), 1.0, False)
+    for g in range(2):
+        apart = group_weights(reward[g : g + 1], every(reward[:1]), 1.0, False)
+        assert torch.equal(together[g : g + 1], apart)
+    released = ((-adv).flatten().softmax(0) - adv.flatten().softmax(0)).view(2, 4)  # over the batch
+    assert (2 * released - together).abs().max() > 1e-3  # 2: two groups share one softmax
+
+
+def test_who_is_no_member_has_no_weight_and_no_influence():
+    reward = torch.tensor([[0.2, 1e6, 0.9, 0.5], [0.9, 0.9, 0.1, 0.9]])
+    member = torch.tensor([[True, False, True, True], [True, True, False, True]])
+    for positive_only in (False, True):
+        weight = group_weights(reward, member, 1.0, positive_only)
+        assert (weight[~member] == 0).all()
+        for g in range(2):
+            alone = group_weights(reward[g, member[g]][None], torch.ones(1, 3, dtype=torch.bool), 1.0,
+                                  positive_only)
+            torch.testing.assert_close(weight[g, member[g]], alone[0])
+    assert group_weights(reward, member, 1.0, False)[1].abs().max() == 0  # its members are equal
+
+
+def test_equal_rewards_teach_exactly_nothing():
+    model = Tabular(V=3, L=2, seed=0)
+    reward = torch.full((1, 6), 0.9)
+    rounding = reward - reward.mean(1, keepdim=True)
+    assert rounding.abs().max() > 0  # in fp32 the mean of six times 0.9 is not 0.9
+    completion = torch.tensor([[[0, 0], [0, 1], [1, 2], [2, 2], [1, 1], [2, 0]]])
+    weight = group_weights(reward, every(reward), 1.0, False)
+    assert weight.abs().max() == 0
+    loss = (weight * tabular_logp(model, completion)).sum()
+    assert loss.item() == 0 and torch.autograd.grad(loss, model.table)[0].abs().max() == 0
+    positive = group_weights(reward, every(reward), 1.0, True)
+    torch.testing.assert_close(positive, torch.full((1, 6), -1 / 6))  # it imitates all six alike
+
+
+def tabular_logp(model, completion: torch.Tensor) -> torch.Tensor:
+    """Completions (1, G, L) to their one-step log-likelihoods (1, G); no prompt."""
+    none = torch.zeros(1, 0, dtype=torch.long)
+    return one_step_logp(model, none, none.bool(), completion, torch.ones_like(completion) > 0, 1.0)
+
+
+@pytest.mark.parametrize("positive_only", [False, True])
+def test_a_gradient_step_raises_the_good_and_lowers_the_bad(positive_only):
+    model = Tabular(V=3, L=2, seed=0)
+    completion, reward = torch.tensor([[[0, 0], [1, 1], [2, 2]]]), torch.tensor([[1.0, 0.5, 0.0]])
+    weight = group_weights(reward, every(reward), 1.0, positive_only)
+    before = tabular_logp(model, completion)
+    (weight * before).sum().backward()
+    with torch.no_grad():
+        model.table -= 0.1 * model.table.grad
+    change = (tabular_logp(model, completion) - before)[0]
+    assert change[0] > 0
+    assert positive_only or change[2] < 0
+
+
+def test_the_population_minimiser_of_positive_only_is_the_tilted_old_policy():
+    """pi_old exp(psi A) / Z, by exact minimisation: a group that holds every outcome as often as pi_old has it
+    IS the expectation under pi_old. Two independent tokens, each with its own share of the reward."""
+    psi, counts, value = 1.3, [[1, 2, 3], [3, 1, 1]], [[0.0, 1.0, -0.5], [0.3, 0.0, 2.0]]
+    pairs = list(itertools.product(range(3), repeat=2))
+    group = [(a, b) for a, b in pairs for _ in range(counts[0][a] * counts[1][b])]  # 6 * 5 members
+    reward = torch.tensor([[value[0][a] + value[1][b] for a, b in group]], dtype=torch.float64)
+    weight = group_weights(reward, every(reward), psi, True)
+    model = Tabular(V=3, L=2, seed=0)
+    optimizer = torch.optim.LBFGS([model.table], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14,
+                                  line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        total = (weight * tabular_logp(model, torch.tensor([group]))).sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    for i in range(2):
+        found = model.table[3, 3, i, :3].softmax(0).tolist()  # everything hidden: state (mask, mask)
+        tilted = [c * math.exp(psi * v) for c, v in zip(counts[i], value[i], strict=True)]
+        assert found == pytest.approx([t / sum(tilted) for t in tilted], abs=1e-6)
+        forgetful = [math.exp(psi * v) for v in value[i]]  # pi_old forgotten: each outcome once
+        assert found != pytest.approx([t / sum(forgetful) for t in forgetful], abs=0.05)
+
+
+# ---------------------------------------------------------------------------- wd1: one canvas per prompt
+
+
+def test_one_forward_per_prompt_equals_G_forwards():
+    """Left-padded prompts of three lengths, partly hidden; completions that end in different places."""
+    model = sharp_model(dtype=torch.float64)
+    prompt, prompt_mask = encode(model, TEXTS)
+    shown = hide_tokens(prompt, prompt_mask, 0.5, model.mask_id, generators())
+    assert not torch.equal(shown, prompt)
+    gen = torch.Generator().manual_seed(0)
+    completion = torch.randint(4, 14, (3, G, L), generator=gen)
+    for p, i, place in [(0, 0, 0), (0, 1, 5), (1, 0, 5), (1, 1, 8), (1, 2, 3), (1, 3, 0), (2, 2, 11)]:
+        completion[p, i, place] = model.eos_id
+    completion[0, 1, 9] = model.eos_id  # a second one counts for nothing
+    valid = until_eos(completion, model.eos_id)
+    weight = torch.randn(3, G, generator=gen, dtype=torch.float64)
+
+    together = one_step_logp(model, shown, prompt_mask, completion, valid, T)
+    nothing = torch.full((L,), model.mask_id)
+    pairs = list(itertools.product(range(3), range(G)))
+    apart = [slow_logp(model, shown[p], prompt_mask[p], nothing, completion[p, i], T) for p, i in pairs]
+    apart = torch.stack(apart).view(3, G)
+    torch.testing.assert_close(together, apart, atol=1e-10, rtol=0)
+    expected = gradient(model, (weight * apart).sum())
+    torch.testing.assert_close(gradient(model, (weight * together).sum()), expected, atol=1e-10, rtol=1e-10)
+
+    wrong = [one_step_logp(model, shown, prompt_mask, completion, valid | True, T),  # behind the EOS too
+             one_step_logp(model, prompt, prompt_mask, completion, valid, T),  # nothing of the prompt hidden
+             one_step_logp(model, shown, prompt_mask, completion, valid, 1.0)]  # another temperature
+    assert all((w - apart).abs().max() > 0.1 for w in wrong)
+
+
+def test_hidden_share_and_never_padding():
+    """18,000 real tokens, share 0.15: |z| < 5. False alarm: about 6e-7."""
+    prompt = torch.full((200, 100), 5)
+    prompt_mask = torch.ones_like(prompt, dtype=torch.bool)
+    prompt_mask[:100, :20] = False
+    gens = [common.generator("cpu", g) for g in range(200)]
+    hidden = hide_tokens(prompt, prompt_mask, 0.15, 2, gens) == 2
+    n = prompt_mask.sum().item()
+    assert not hidden[~prompt_mask].any()
+    assert abs(hidden.sum().item() / n - 0.15) < 5 * (0.15 * 0.85 / n) ** 0.5
+    assert len({tuple(row) for row in hidden.tolist()}) == 200  # every prompt has its own mask
+
+
+def test_hidden_tokens_by_hand():
+    """The first number drawn decides the last token, and so on; a padding token's number is drawn for
+    nothing."""
+    prompt = torch.tensor([[0, 0, 7, 8, 9]])
+    draws = torch.rand(5, generator=common.generator("cpu", 3)).tolist()
+    share = sorted(draws[:3])[1] + 1e-6  # the two smallest of the three real tokens' numbers
+    expected = [0, 0] + [2 if draws[4 - i] < share else prompt[0, i].item() for i in (2, 3, 4)]
+    shown = hide_tokens(prompt, prompt > 0, share, 2, [common.generator("cpu", 3)])
+    assert shown.tolist() == [expected] and expected.count(2) == 2
+    assert hide_tokens(prompt, prompt > 0, 0.0, 2, [common.generator("cpu", 3)]).equal(prompt)
+    assert hide_tokens(prompt, prompt > 0, 1.0, 2, [common.generator("cpu", 3)]).tolist() == [[0, 0, 2, 2, 2]]
+
+
+def test_a_prompt_mask_is_a_function_of_the_prompts_own_generator():
+    """Neither the other prompts of the batch nor further padding change which tokens are hidden."""
+    model = sharp_model()
+    prompt, prompt_mask = encode(model, TEXTS)
+    shown = hide_tokens(prompt, prompt_mask, 0.5, model.mask_id, generators())
+    for p in range(3):
+        alone = prompt[p : p + 1, prompt_mask[p]]
+        kept = hide_tokens(alone, alone >= 0, 0.5, model.mask_id, generators()[p : p + 1])
+        assert torch.equal(kept[0], shown[p, prompt_mask[p]])
+    wider = torch.nn.functional.pad(prompt, (40, 0), value=model.pad_id)
+    wider = hide_tokens(wider, torch.nn.functional.pad(prompt_mask, (40, 0)), 0.5, model.mask_id,
+                        generators())
+    assert torch.equal(wider[:, 40:], shown)
+    other = hide_tokens(prompt, prompt_mask, 0.5, model.mask_id, generators(1))
+    assert not torch.equal(other, shown)
+
+
+# ------------------------------------------------------------------------------- wd1++: the trajectory
+
+
+def rollout(model, S=6, block=4):
+    """12 rows; some end early."""
+    return denoise(model, *padded_prompts(model, G), generators(), L=L, S=S, block=block, temperature=T,
+                   guess=True)
+
+
+def test_clean_predictions_and_trajectory_logp_against_loops():
+    model = sharp_model(OFTEN, torch.float64)
+    roll = rollout(model)
+    b, s = torch.tensor(steps_taken(roll)).T
+    last = roll.step.masked_fill(roll.step == roll.S, -1).amax(1)
+    early = last < roll.S - 1
+    assert 0 < early.sum() < len(early)
+
+    y = clean_predictions(roll[b], s[:, None])[:, 0]
+    pairs = list(zip(b.tolist(), s.tolist(), strict=True))
+    expected_y = torch.stack([slow_clean_prediction(model, roll, i, j) for i, j in pairs])
+    assert torch.equal(y, expected_y)
+    assert torch.equal(y[s == last[b]], roll.completion)
+    last_of_all = torch.where((s == roll.S - 1)[:, None], roll.completion[b], roll.guess[b, s])
+    assert not torch.equal(last_of_all[early[b]], y[early[b]])  # a row that ended early has its own last step
+
+    x = canvas(roll[b], roll.step[b] >= s[:, None])
+    logp = trajectory_logp(model, x, roll.prompt_mask[b], y, T)
+    rows = zip(roll.prompt[b], roll.prompt_mask[b], x[:, -L:], y, strict=True)
+    slow = torch.stack([torch.as_tensor(slow_logp(model, *row, T)) for row in rows])
+    torch.testing.assert_close(logp, slow, atol=1e-5, rtol=1e-6)  # the share l_s is fp32
+    weight = random_rewards(len(b)) - 0.5
+    expected = gradient(model, (weight * slow).sum())
+    found = gradient(model, (weight * logp).sum())
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+    share = (roll.step[b] >= s[:, None]).double().mean(1)
+    assert (logp * share - slow).abs().max() > 0.1  # without 1 / l_s
+    behind_eos = common.score(model, x, roll.prompt_mask[b], y, x[:, -L:] == model.mask_id, T).sum(1) / share
+    assert (behind_eos - slow).abs().max() > 0.1
+    of_the_row = trajectory_logp(model, x, roll.prompt_mask[b], roll.completion[b], T)  # o_i at every step
+    assert (of_the_row - slow).abs().max() > 0.1
+
+
+def test_draw_steps_only_steps_taken_and_all_of_them():
+    roll = rollout(sharp_model(OFTEN))
+    noise = group_noise(generators(), 3 * G, (roll.S,))
+    for K in (1, 4, roll.S):
+        steps, member = draw_steps(roll, K, noise)
+        for b in range(3 * G):
+            taken = [s for i, s in steps_taken(roll) if i == b]
+            drawn = steps[b, member[b]].tolist()
+            assert len(set(drawn)) == len(drawn) == min(K, len(taken))
+            assert set(drawn) <= set(taken)
+    steps, member = draw_steps(roll, 4, torch.zeros_like(noise))  # rand can return 0
+    assert member.sum(1).tolist() == [min(4, len(set(row) - {roll.S})) for row in roll.step.tolist()]
+
+
+def test_draw_steps_is_uniform():
+    """20,000 draws of 2 steps, of a row that took 6 and of one that took 4: every pair equally often, |z| < 5.
+    False alarm: 21 pairs, about 1e-5."""
+    roll = rollout(sharp_model(OFTEN))
+    for count in (6, 4):
+        b = [len(set(row) - {roll.S}) for row in roll.step.tolist()].index(count)
+        noise = torch.rand(20_000, roll.S, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        steps, member = draw_steps(roll[torch.full((20_000,), b)], 2, noise)
+        assert member.all()
+        low, high = steps.sort(1).values.T
+        found = torch.bincount(low * count + high, minlength=count**2) / 20_000
+        for i, j in itertools.combinations(range(count), 2):
+            p = 1 / math.comb(count, 2)
+            assert abs(found[i * count + j] - p) < 5 * (p * (1 - p) / 20_000) ** 0.5
+
+
+def test_plusplus_with_one_step_is_wd1_with_the_whole_prompt_shown():
+    model = sharp_model(OFTEN, torch.float64)
+    roll = rollout(model, S=1, block=L)
+    assert 0 < (~roll.valid).sum()
+    reward = random_rewards(3, G)
+    weight = group_weights(reward, every(reward), 1.0, False)
+
+    shown = hide_tokens(roll.prompt[::G], roll.prompt_mask[::G], 0.0, model.mask_id, generators())
+    one = one_step_logp(model, shown, roll.prompt_mask[::G], roll.completion.view(3, G, L),
+                        roll.valid.view(3, G, L), T)
+    steps, member = draw_steps(roll, 1, group_noise(generators(), 3 * G, (1,)))
+    assert member.all()
+    x = canvas(roll, roll.step >= steps)
+    two = trajectory_logp(model, x, roll.prompt_mask, clean_predictions(roll, steps)[:, 0], T).view(3, G)
+    torch.testing.assert_close(two, one, atol=1e-10, rtol=0)
+    expected = gradient(model, (weight * one).sum() / 3)
+    torch.testing.assert_close(gradient(model, (weight * two).sum() / 3), expected, atol=1e-10, rtol=1e-10)
+
+    greedy = trajectory_logp(model, x, roll.prompt_mask, roll.guess[:, 0], T).view(3, G)  # y = o_i forgotten
+    assert (greedy - one).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------- whole runs
+
+
+def toy_task() -> common.Task:
+    """Prompts of four lengths; a reward that has no meaning but a value for every text."""
+    rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901=")]
+
+    def reward(text: str, row: dict):
+        return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
+
+    return common.Task(rows, rows[:1], reward, lambda text, row: [text])
+
+
+def record(monkeypatch, name: str) -> list:
+    """What wd1's function of this name returns from now on."""
+    found, real = [], getattr(wd1, name)
+
+    def recording(*inputs, **options):
+        found.append(real(*inputs, **options))
+        return found[-1]
+
+    monkeypatch.setattr(wd1, name, recording)
+    return found
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Launch one update that moves nothing (lr 0): (model, its metrics, what was drawn, rows evaluated for
+    gradients)."""
+    common.save_model(sharp_model(OFTEN), tmp_path / "model")
+    monkeypatch.setitem(common.TASKS, "toy", toy_task)
+    drawn = {name: record(monkeypatch, name) for name in ("denoise", "hide_tokens", "draw_steps")}
+    evaluated, real = [], common.Denoiser.hidden
+
+    def counting(self, x, attn):
+        evaluated.append(len(x) if torch.is_grad_enabled() else 0)
+        return real(self, x, attn)
+
+    monkeypatch.setattr(common.Denoiser, "hidden", counting)
+
+    def go(flags: str):
+        shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --steps 1 --lr 0 --temperature 0.7"
+        launch("wd1", "--model", tmp_path / "model", "--out", tmp_path / "out", *shape.split(),
+               *flags.split())
+        rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+        metrics = next(row for row in rows if "loss" in row)
+        assert metrics["nfe_update"] == sum(evaluated)
+        return common.load_model(str(tmp_path / "model")), metrics, drawn
+
+    return go
+
+
+def slow_loss(model, roll, rows: list, psi: float, positive_only: bool) -> torch.Tensor:
+    """Mean over 4 prompts of sum (w- - w+) log pi. rows: (row b, prompt tokens, canvas, completion that is
+    scored) of every member."""
+    total = 0.0
+    for p in range(4):
+        members = [row for row in rows if row[0] // 3 == p]
+        rewards = []
+        for b, _, _, y in members:
+            text = "".join("=0123456789"[t - 3] for t in y[up_to_eos(y, model.eos_id)].tolist() if t >= 3)
+            prompt = {"prompt": model.tokenizer.decode(roll.prompt[b], skip_special_tokens=True)}
+            rewards.append(toy_task().reward(text, prompt)[0])
+        weights = slow_weights(rewards, psi, positive_only)
+        for weight, (b, prompt, shown, y) in zip(weights, members, strict=True):
+            total = total + weight * slow_logp(model, prompt, roll.prompt_mask[b], shown, y, T)
+    return total / 4
+
+
+@pytest.mark.parametrize("positive_only", [False, True])
+def test_a_run_of_wd1_computes_the_papers_loss(run, positive_only):
+    """And scores a row for 1/G of a forward; two passes, two minibatches each, one canvas per forward."""
+    flags = "--psi 2 --passes 2 --minibatches 2 --hide_prompt 0.5 --budget 13"
+    model, metrics, drawn = run(flags + positive_only * " --positive_only")
+    (roll,), masks = drawn["denoise"], drawn["hide_tokens"]
+    assert metrics["nfe_update"] == 2 * 4 == 2 * len(roll.prompt) // 3
+    assert len(masks) == 2 and not torch.equal(*masks)  # redrawn
+    nothing = torch.full((8,), model.mask_id)
+    loss = 0.0
+    for shown in masks:
+        rows = [(b, shown[b // 3], nothing, roll.completion[b]) for b in range(12)]
+        loss += slow_loss(model, roll, rows, 2.0, positive_only).item() / 2
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-4) and abs(loss) > 0.1
+    rows = [(b, roll.prompt[b], nothing, roll.completion[b]) for b in range(12)]
+    assert metrics["loss"] != pytest.approx(slow_loss(model, roll, rows, 2.0, positive_only).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_a_run_of_plusplus_computes_the_papers_loss(run, K):
+    """Loss and length of the gradient; three forwards of different size."""
+    model, metrics, drawn = run(f"--plusplus --K {K} --psi 2 --passes 1 --budget 182")
+    (roll,), ((steps, member),) = drawn["denoise"], drawn["draw_steps"]
+    kept = [(b, steps[b, k].item()) for b, k in member.nonzero().tolist()]
+    assert metrics["nfe_update"] == len(kept)
+    assert K < 4 or sorted(kept) == steps_taken(roll)
+    rows = []
+    for b, s in kept:
+        shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
+        rows.append((b, roll.prompt[b], shown, slow_clean_prediction(model, roll, b, s)))
+    loss = slow_loss(model, roll, rows, 2.0, False)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4) and abs(loss.item()) > 0.1
+    assert metrics["grad_norm"] == pytest.approx(gradient(model, loss).norm().item(), rel=1e-3)

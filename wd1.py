@@ -1,0 +1,217 @@
+"""wd1 and wd1++: weighted log-likelihood policy optimisation (arXiv 2507.08838, ICLR 2026).
+
+No ratio, no clip, no reference: raise the log-likelihood of a group's good completions, lower that of its bad
+ones,
+
+    loss = mean over prompts of sum_i (w-_i - w+_i) log pi(o_i | q)                                       (Eq.
+    8) w+ = softmax over the group of psi A,   w- = softmax over the group of -psi A,   A = R - mean R       
+    (Eq. 9)
+
+with the one-step likelihood of d1: the WHOLE completion hidden and each prompt token hidden with probability
+0.15. That canvas does not contain the completion, so one forward per prompt serves all G of them.
+
+wd1++ (Eq. 10) scores the trajectory instead. Members of a group are (i, s), s = 0..S-1, with the greedy
+one-step completion y of the canvas x before step s (the last one replaced by the finished o_i); w over all G
+S of them;
+
+    loss = mean over prompts of sum_(i,s) (w- - w+) (1 / l_s) sum_(hidden in x, valid in y) log pi(y | x)
+
+l_s is the share of the completion hidden in x. The index in Eq. 10 is ambiguous; this is the reading that
+agrees with the 1/t of the denoising cross-entropy.
+
+Differences from the authors' released code: the softmax is over the prompt's group (theirs: over the device
+micro-batch, which mixes prompts); G times fewer forwards; every drawn mask is used; wd1++ is not released.
+Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
+already sum to one; full fine-tuning, no LoRA, for wd1 as well; small-batch defaults for the tiny model, the
+paper's beside them.
+
+python wd1.py                          4x4 Sudoku on 2 CPU cores
+python wd1.py --plusplus --passes 1 --minibatches 2 --lr 1e-4
+python wd1.py --positive_only          w+ alone: imitate the group's best
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
+                    load_model, load_task, micro_batches, parse_args, per_step, pick_device, refuse,
+                    reward_rows, rollout_metrics, score, until_eos)
+
+
+@dataclass
+class Args:
+    # <frozen: flags>
+    model: str = "tiny"  # "tiny" (built on first use) or a transformers folder
+    task: str = "sudoku"  # what to learn
+    seed: int = 1  # decides every random draw of the run, not the tiny base
+    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
+    resume: str = ""  # go on with this run folder
+    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
+    eval_every: int = 20  # updates between evaluations on the held-out rows
+    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
+    save_every: int = 10  # updates between checkpoints
+    prompts: int = 32  # prompts per rollout
+    G: int = 8  # samples per prompt (a group)
+    L: int = 16  # completion length, tokens (LLM: 256)
+    S: int = 8  # denoising steps per completion (LLM: 128)
+    block: int = 16  # tokens per block, decoded left to right (LLM: 32)
+    temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    budget: int = 8448  # most tokens in one forward of an update or an evaluation
+    # </frozen>
+    steps: int = 150  # rollouts, each with its updates
+    plusplus: bool = False  # wd1++: score the denoising trajectory
+    positive_only: bool = False  # drop w-, the push away from bad completions
+    K: int = 8  # wd1++: denoising steps per row that stand for all S, drawn uniformly
+    psi: float = 1.0  # psi, sharpness of the weights (paper: 1)
+    hide_prompt: float = 0.15  # share of prompt tokens hidden in wd1's canvas (paper: 0.15)
+    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (paper: 12; Sudoku 8; wd1++ 1)
+    minibatches: int = 1  # optimizer steps per pass, each on whole groups (paper: 1)
+    lr: float = 5e-5  # AdamW (paper: 3e-6)
+    grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
+
+
+def group_weights(reward: Tensor, member: Tensor, psi: float, positive_only: bool) -> Tensor:
+    """w- - w+ of the members of each group, 0 for the others: rewards and `member` (prompts, M) to (prompts,
+    M); Eq. 9."""
+    mean = (reward * member).sum(1, keepdim=True) / member.sum(1, keepdim=True)
+    spread = reward.masked_fill(~member, -math.inf).amax(1) > reward.masked_fill(~member, math.inf).amin(1)
+    adv = (reward - mean) * spread[:, None]  # equal rewards: exactly 0, not the rounding error of a mean
+    positive = (psi * adv).masked_fill(~member, -math.inf).softmax(1)
+    negative = (-psi * adv).masked_fill(~member, -math.inf).softmax(1)
+    return -positive if positive_only else negative - positive
+
+
+def draw_steps(roll: Rollout, K: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """K of the steps each row took, uniformly by noise (B, S): steps (B, K); False (B, K) where it took
+    fewer."""
+    taken = per_step(torch.ones_like(roll.logp), roll.step, roll.S) > 0  # (B, S)
+    steps = noise.masked_fill(~taken, -1.0).topk(K).indices
+    return steps, taken.gather(1, steps)
+
+
+def clean_predictions(roll: Rollout, steps: Tensor) -> Tensor:
+    """y (B, K, L): the greedy completion of the canvas before each step; for a row's last step, the finished
+    row."""
+    last = roll.step.masked_fill(roll.step == roll.S, -1).amax(1, keepdim=True)  # (B, 1)
+    guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, roll.guess.shape[2]))
+    return torch.where((steps == last)[..., None], roll.completion[:, None], guess)
+
+
+def hide_tokens(prompt: Tensor, prompt_mask: Tensor, share: float, mask_id: int, gens: list) -> Tensor:
+    """Prompts (prompts, P) with each real token hidden with probability `share`; one generator per prompt.
+
+    Drawn from the prompt's end, so that left padding does not change the draw."""
+    draw = [torch.rand(prompt.shape[1], generator=gen, device=prompt.device).flip(0) for gen in gens]
+    return prompt.masked_fill((torch.stack(draw) < share) & prompt_mask, mask_id)
+
+
+def one_step_logp(model: Denoiser, prompt: Tensor, prompt_mask: Tensor, completion: Tensor, valid: Tensor,
+                  temperature: float) -> Tensor:
+    """log pi(o_i | q) of all completions (prompts, G, L) in one forward per prompt: (prompts, G).
+
+    prompt (prompts, P) as shown to the model; valid (prompts, G, L): the tokens that count."""
+    hidden = torch.full_like(completion[:, 0], model.mask_id)  # (prompts, L): the whole completion
+    x = torch.cat([prompt, hidden], 1)
+    logp = score(model, x, prompt_mask, completion, valid.any(1), temperature)  # (prompts, G, L)
+    return (logp * valid).sum(2)
+
+
+def trajectory_logp(model: Denoiser, x: Tensor, prompt_mask: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """(1 / l_s) sum over tokens hidden in the canvas x (M, P+L) and valid in its completion y (M, L): (M,);
+    Eq. 10."""
+    hidden = x[:, -y.shape[1]:] == model.mask_id
+    logp = score(model, x, prompt_mask, y, hidden & until_eos(y, model.eos_id), temperature)
+    return logp.sum(1) / hidden.float().mean(1)
+
+
+def train(args: Args) -> float:
+    """One run; returns the held-out accuracy at its end."""
+    if args.plusplus and not 1 <= args.K <= args.S:
+        refuse(f"--K {args.K} must be from 1 to S = {args.S}")
+    # <frozen: setup>
+    device = pick_device()
+    model = load_model(args.model, device)
+    task = load_task(args, model)
+    # </frozen>
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    # <frozen: run>
+    run = Run(args, METHOD, model, task, optimizer)
+    if args.eval_only:
+        return run.eval_only()
+    # </frozen>
+    G, L, S = args.G, args.L, args.S
+
+    while not run.boundary():  # 1 save, evaluate
+        # 2 roll out: G completions of each prompt
+        ids = draw_prompts(args, len(task.train), run.step)
+        rows = [task.train[i] for i in ids for _ in range(G)]
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+        gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
+        roll = denoise(model, prompt, prompt_mask, gens, L=L, S=S, block=args.block,
+                       temperature=args.temperature, guess=args.plusplus)
+        run.counters["nfe_rollout"] += roll.nfe
+        seconds_rollout = run.lap()
+
+        # 3 reward: of the completions, or (wd1++) of the one-step completions of K canvases per row
+        reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
+        if args.plusplus:
+            gens = [generator(device, args.seed, "steps", run.step, i) for i in ids]
+            steps, member = draw_steps(roll, args.K, group_noise(gens, len(rows), (S,)))  # (B, K)
+            y = clean_predictions(roll, steps)  # (B, K, L)
+            member_rows = [row for row in rows for _ in range(args.K)]
+            member_reward, _, _ = reward_rows(model, task, y.flatten(0, 1), member_rows)
+        else:
+            member_reward, member = reward, torch.ones_like(reward, dtype=torch.bool)
+        seconds_reward = run.lap()
+
+        # 4 advantage, as weights
+        groups = (args.prompts, -1)
+        weight = group_weights(member_reward.view(groups), member.view(groups), args.psi, args.positive_only)
+
+        # 5 update
+        infos = []
+        for epoch in range(args.passes):
+            gens = [generator(device, args.seed, "prompt mask", run.step, epoch, i) for i in ids]
+            shown = hide_tokens(prompt[::G], prompt_mask[::G], args.hide_prompt, model.mask_id, gens)
+            gen = generator("cpu", args.seed, "pass", run.step, epoch)
+            shuffle = torch.randperm(args.prompts, generator=gen).to(device)
+            for groups in shuffle.chunk(args.minibatches):
+                total = 0.0
+                if args.plusplus:  # canvases: the kept steps of every row of the groups
+                    kept = member & torch.isin(torch.arange(len(rows), device=device) // G, groups)[:, None]
+                    items = kept.nonzero()  # (M, 2)
+                else:  # canvases: one per prompt
+                    items = groups
+                for part in micro_batches(items, prompt.shape[1] + L, args.budget):
+                    if args.plusplus:
+                        r, k = part.unbind(1)
+                        x = canvas(roll[r], roll.step[r] >= steps[r, k][:, None])
+                        logp = trajectory_logp(model, x, prompt_mask[r], y[r, k], args.temperature)
+                        w = weight.view(-1, args.K)[r, k]
+                    else:
+                        completion, valid = roll.completion.view(-1, G, L), roll.valid.view(-1, G, L)
+                        logp = one_step_logp(model, shown[part], prompt_mask[::G][part], completion[part],
+                                             valid[part], args.temperature)
+                        w = weight[part]
+                    loss = (w * logp).sum() / len(groups)  # mean over prompts
+                    loss.backward()
+                    total += loss.item()
+                    run.counters["nfe_update"] += len(part)
+                infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
+
+        # 6 log
+        run.log_update({
+            **rollout_metrics(roll, reward, parts, G, seconds_rollout),
+            **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
+            "seconds_reward": seconds_reward,
+            "seconds_update": run.lap(),
+        })
+    return run.finish()
+
+
+METHOD = "wd1"
+if __name__ == "__main__":
+    train(parse_args(Args, METHOD))
