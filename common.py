@@ -308,7 +308,7 @@ def score(
     h = model.hidden(x, attention(prompt_mask, L))[:, -L:]
     logits = model.head(h[where]) / (temperature or 1.0)  # (M, V), M = where.sum()
     token = target.movedim(-1, 1)[where]  # (M,) or (M, G)
-    found = read(logits, token.view(len(token), -1)).view(token.shape)
+    found = read(logits, token[:, None].flatten(1)).view(token.shape)
     out = found.new_zeros(where.shape + token.shape[1:])  # (B, L) or (B, L, G)
     out[where] = found
     return out.movedim(1, -1)
@@ -543,8 +543,8 @@ def evaluate(model: Denoiser, task: Task, args, threshold: float | None = None) 
         completions.append(roll.completion)
         nfe += roll.nfe
     reward, parts, texts = reward_rows(model, task, torch.cat(completions), task.test)
-    metrics = {"accuracy": parts["correct"], "reward": reward.mean().item(), "parse_fail": parts["parse_fail"]}
-    return metrics | {"nfe_per_row": nfe / len(task.test)}, texts
+    metrics = {"accuracy": parts["correct"], "reward": reward.mean().item()}
+    return metrics | {"parse_fail": parts["parse_fail"], "nfe_per_row": nfe / len(task.test)}, texts
 
 
 def evaluation(model: Denoiser, task: Task, args) -> tuple[dict, list[str]]:

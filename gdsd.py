@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
                     load_model, load_task, log_prob, micro_batches, parse_args, pick_device, refuse,
@@ -93,6 +94,7 @@ def centred_logit(logits: Tensor, token: Tensor) -> Tensor:
     return logits.gather(1, token) - mean
 
 
+DRIFT = 20.0  # a mean score this far from where it began (in nats or logits) is worth a warning
 READ = {"logp": log_prob, "tlc": centred_logit}
 
 
@@ -163,7 +165,7 @@ def train(args: Args) -> float:
         run.counters["nfe_update"] += 2 * len(items) * (2 if reference else 1)
 
         # 5 update
-        infos = []
+        infos, c_new = [], torch.zeros_like(c_old)
         for epoch in range(args.passes):
             gen = generator("cpu", args.seed, "pass", run.step, epoch)
             shuffle = torch.randperm(args.prompts, generator=gen).to(device)
@@ -173,6 +175,7 @@ def train(args: Args) -> float:
                 for part in micro_batches(batch, tokens_each, args.budget):
                     r, j = part.unbind(1)
                     c = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
+                    c_new[r, j] = c.detach()
                     loss = distillation_loss(c, c_old[r, j], c_ref[r, j], adv[r], args.psi, args.beta)
                     loss = loss.sum() / len(batch)  # mean over rows and pairs
                     loss.backward()
@@ -180,12 +183,20 @@ def train(args: Args) -> float:
                     run.counters["nfe_update"] += 2 * len(part)
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
-        # 6 log
+        # 6 log: how far the last pass found c from c_old, against where it should go
+        move, target = c_new - c_old, args.psi * adv
+        run.counters["drift"] = run.counters.get("drift", 0.0) + move.mean().item()  # targets average to zero
+        if abs(run.counters["drift"]) > DRIFT:
+            tqdm.write(f"update {run.step + 1}: c has drifted by {run.counters['drift']:.1f}, and no reward "
+                       "asked for it: lower --lr or --passes, or set --beta")
         run.log_update({
             **rollout_metrics(roll, reward, parts, args.G, seconds_rollout),
             **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
             "c_mean": c_old.mean().item(),
             "c_std": c_old.std().item(),
+            "move_mean": move.mean().item(),
+            "move_std": move.std().item(),
+            "target_std": target.std().item(),
             "seconds_reward": seconds_reward,
             "seconds_update": run.lap(),
         })

@@ -1,33 +1,31 @@
 """wd1 and wd1++: weighted log-likelihood policy optimisation (arXiv 2507.08838, ICLR 2026).
 
-No ratio, no clip, no reference: raise the log-likelihood of a group's good completions, lower that of its bad
-ones,
+No ratio, clip or reference: raise the log-likelihood of a group's good completions, lower that of its bad ones,
 
-    loss = mean over prompts of sum_i (w-_i - w+_i) log pi(o_i | q)                                       (Eq.
-    8) w+ = softmax over the group of psi A,   w- = softmax over the group of -psi A,   A = R - mean R       
-    (Eq. 9)
+    loss = mean over prompts of sum_i (w-_i - w+_i) log pi(o_i | q)                              (Eq. 8)
+    w+ = softmax of psi A over the group,   w- = softmax of -psi A,   A = R - mean R             (Eq. 9)
 
 with the one-step likelihood of d1: the WHOLE completion hidden and each prompt token hidden with probability
 0.15. That canvas does not contain the completion, so one forward per prompt serves all G of them.
 
 wd1++ (Eq. 10) scores the trajectory instead. Members of a group are (i, s), s = 0..S-1, with the greedy
-one-step completion y of the canvas x before step s (the last one replaced by the finished o_i); w over all G
-S of them;
+one-step completion y of the canvas x before step s (for a row's last step, the finished row); w over them all:
 
     loss = mean over prompts of sum_(i,s) (w- - w+) (1 / l_s) sum_(hidden in x, valid in y) log pi(y | x)
 
 l_s is the share of the completion hidden in x. The index in Eq. 10 is ambiguous; this is the reading that
-agrees with the 1/t of the denoising cross-entropy.
+agrees with the 1/t of the denoising cross-entropy. A row that an EOS ended early has fewer members.
 
 Differences from the authors' released code: the softmax is over the prompt's group (theirs: over the device
-micro-batch, which mixes prompts); G times fewer forwards; every drawn mask is used; wd1++ is not released.
+micro-batch, which mixes prompts); G times fewer forwards; every drawn mask is used (half of theirs is not);
+Gumbel noise in float64 (theirs: bf16); wd1++, which is not released.
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
-already sum to one; full fine-tuning, no LoRA, for wd1 as well; small-batch defaults for the tiny model, the
-paper's beside them.
+already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults for
+the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1), the paper's others beside them.
 
-python wd1.py                          4x4 Sudoku on 2 CPU cores
-python wd1.py --plusplus --passes 1 --minibatches 2 --lr 1e-4
-python wd1.py --positive_only          w+ alone: imitate the group's best
+python wd1.py                                                       4x4 Sudoku on 2 CPU cores
+python wd1.py --plusplus --passes 1 --minibatches 2 --lr 1e-4       wd1++
+python wd1.py --positive_only                                       w+ alone: imitate the group's best
 """
 
 import math
@@ -74,11 +72,9 @@ class Args:
 
 
 def group_weights(reward: Tensor, member: Tensor, psi: float, positive_only: bool) -> Tensor:
-    """w- - w+ of the members of each group, 0 for the others: rewards and `member` (prompts, M) to (prompts,
-    M); Eq. 9."""
+    """w- - w+ of the members of each group, 0 for the others; all (prompts, M); Eq. 9."""
     mean = (reward * member).sum(1, keepdim=True) / member.sum(1, keepdim=True)
-    spread = reward.masked_fill(~member, -math.inf).amax(1) > reward.masked_fill(~member, math.inf).amin(1)
-    adv = (reward - mean) * spread[:, None]  # equal rewards: exactly 0, not the rounding error of a mean
+    adv = reward - mean  # equal rewards: equal rounding errors, equal weights, a loss of exactly 0
     positive = (psi * adv).masked_fill(~member, -math.inf).softmax(1)
     negative = (-psi * adv).masked_fill(~member, -math.inf).softmax(1)
     return -positive if positive_only else negative - positive
@@ -131,6 +127,8 @@ def train(args: Args) -> float:
     """One run; returns the held-out accuracy at its end."""
     if args.plusplus and not 1 <= args.K <= args.S:
         refuse(f"--K {args.K} must be from 1 to S = {args.S}")
+    if args.hide_prompt > 1:
+        refuse("--hide_prompt is a share, at most 1")
     # <frozen: setup>
     device = pick_device()
     model = load_model(args.model, device)
@@ -168,8 +166,9 @@ def train(args: Args) -> float:
         seconds_reward = run.lap()
 
         # 4 advantage, as weights
-        groups = (args.prompts, -1)
-        weight = group_weights(member_reward.view(groups), member.view(groups), args.psi, args.positive_only)
+        per_group = (args.prompts, -1)
+        weight = group_weights(member_reward.view(per_group), member.view(per_group), args.psi,
+                               args.positive_only)
 
         # 5 update
         infos = []

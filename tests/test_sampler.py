@@ -238,6 +238,7 @@ def test_the_mask_token_is_never_sampled():
     h = model.hidden(prompt, prompt_mask)
     raw = model.network.decoder(model.network.head(h))
     assert (raw.argmax(-1) == model.mask_id).all()  # the network wants nothing else
+    assert (model.head(h)[..., model.mask_id] == -math.inf).all()
     for options in ({}, {"temperature": 0.0}, {"order": "random"}, {"order": "confidence", "threshold": 0.5}):
         roll = rollout(model, guess=True, **options)
         assert (roll.completion != model.mask_id).all() and (roll.guess != model.mask_id).all()

@@ -1,0 +1,518 @@
+"""RLDF: its canvases are the sampler's own, the draw of steps has its distribution, a whole update has the
+gradient of the paper's formula, in slow loops."""
+
+import itertools
+import json
+import math
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import generators, padded_prompts, sharp_model
+from test_methods import launch
+
+import common
+import egspo
+import rldf
+from common import canvas, denoise, group_noise, score
+from rldf import advantage, canvas_logp, clean_state_mask, draw_steps, step_surprise, token_loss
+
+L, BLOCK, G = 12, 4, 4
+OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
+
+
+def rollout(model, **options):
+    """3 groups of 4 rows, prompts of three lengths, as RLDF decodes them."""
+    options = {"L": L, "S": L, "block": BLOCK, "order": "confidence", "threshold": 0.5} | options
+    return denoise(model, *padded_prompts(model, G), generators(), **options)
+
+
+def record(monkeypatch, owner, name: str) -> list[tuple[tuple, object]]:
+    """(arguments, result) of each call of owner.name from now on."""
+    calls, real = [], getattr(owner, name)
+
+    def recording(*inputs, **options):
+        calls.append((inputs, real(*inputs, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(owner, name, recording)
+    return calls
+
+
+def up_to_eos(tokens: list[int], eos_id: int) -> range:
+    return range(tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens))
+
+
+def steps_of(roll, b: int) -> list[int]:
+    """The steps row b took."""
+    return sorted(set(roll.step[b].tolist()) - {roll.S})
+
+
+def noise(*shape, seed=0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_shares(found: torch.Tensor, expected: torch.Tensor):
+    """Shares of found (N, ...) booleans are the expected ones: |z| < 5. False alarm: 6e-7 per share."""
+    z = (found.double().mean(0) - expected) / (expected * (1 - expected) / len(found)).sqrt()
+    assert z.abs().max() < 5, z
+
+
+# ------------------------------------------------------------------------------------------- the rollout
+
+
+def test_the_canvas_before_s_is_the_samplers_own_input(monkeypatch):
+    """At every position, of every row, at every step it took: found by counting who was still at work."""
+    model = sharp_model(OFTEN)
+    seen = record(monkeypatch, model, "hidden")
+    roll = rollout(model)
+    leaks = 0
+    for b in range(3 * G):
+        for s in steps_of(roll, b):
+            place = sum(s in steps_of(roll, other) for other in range(b))
+            inputs = seen[s][0][0][place]
+            hidden = roll.step >= s
+            assert torch.equal(canvas(roll, hidden)[b], inputs)
+            released = hidden & (roll.step < roll.S) if s else hidden  # the tail behind an EOS is visible
+            leaks += not torch.equal(canvas(roll, released)[b], inputs)
+    assert leaks > 0  # that canvas gives the answer's length away
+    assert len({len(steps_of(roll, b)) for b in range(3 * G)}) > 2  # rows left the batch at various times
+
+
+def test_a_finished_row_costs_nothing_more(monkeypatch):
+    model = sharp_model(OFTEN)
+    seen = record(monkeypatch, model, "hidden")
+    forwards = []  # per row and block
+    for threshold in (1e-9, 0.3, 0.6, None):
+        seen.clear()
+        roll = rollout(model, threshold=threshold)
+        taken = [len(steps_of(roll, b)) for b in range(3 * G)]
+        assert roll.nfe == sum(len(inputs[0]) for inputs, _ in seen) == sum(taken) < 3 * G * len(seen)
+        blocks = ((roll.step < roll.S).sum(1) // BLOCK).tolist()  # decoded
+        assert all(n <= steps <= BLOCK * n for n, steps in zip(blocks, taken, strict=True))
+        forwards.append(sum(taken) / sum(blocks))
+    assert 1 == forwards[0] < forwards[1] < forwards[2] < forwards[3] == BLOCK
+
+
+def test_every_valid_token_was_recorded():
+    """The released code never writes Dream's probabilities; its surprise is the same at every step."""
+    roll = rollout(sharp_model(OFTEN))
+    assert (roll.logp[roll.valid] < 0).all() and (roll.logp[roll.valid].exp() > 0).all()
+    w, candidates = step_surprise(roll)
+    assert all(len(set(w[b, candidates[b]].tolist())) == candidates[b].sum() for b in range(3 * G))
+
+
+def test_all_steps_together_are_egspos_trajectory_log_prob_of_the_valid_tokens(monkeypatch):
+    model = sharp_model(OFTEN, torch.float64)
+    roll = rollout(model, temperature=0.7)
+    times = (roll.step[:, None] == torch.arange(roll.S)[:, None]).sum(1)
+    assert (times[roll.valid] == 1).all()  # each valid token is revealed at exactly one step
+    steps = roll.step[roll.step < roll.S].unique()
+
+    def egspo_logp():
+        return sum(egspo.step_logp(model, roll, s.expand(3 * G), 0.7) for s in steps)
+
+    with torch.no_grad():
+        ours = sum(canvas_logp(model, roll, roll.step >= s, 0.7) * (roll.step == s) for s in steps).sum(1)
+        unrestricted = egspo_logp()
+        monkeypatch.setattr(egspo, "score", lambda *inputs: score(*inputs) * roll.valid)
+        torch.testing.assert_close(ours, egspo_logp(), atol=1e-10, rtol=0)
+    torch.testing.assert_close(ours, (roll.logp * roll.valid).sum(1), atol=1e-4, rtol=0)
+    assert (unrestricted - ours).abs().max() > 0.1  # a block goes on behind its EOS
+
+
+def test_step_surprise_against_loops():
+    roll = rollout(sharp_model(OFTEN))
+    w, candidates = step_surprise(roll)
+    wrong = 0.0
+    for b, s in itertools.product(range(3 * G), range(roll.S)):
+        revealed = [i for i in range(L) if roll.step[b, i] == s]
+        valid = [i for i in revealed if i in up_to_eos(roll.completion[b].tolist(), 1)]
+        assert candidates[b, s] == (len(valid) > 0)
+        if valid:
+            mean = -sum(roll.logp[b, i].item() for i in valid) / len(valid)
+            assert w[b, s].item() == pytest.approx(mean, rel=1e-5)
+            every = -sum(roll.logp[b, i].item() for i in revealed) / len(revealed)
+            wrong = max(wrong, abs(every - mean))
+    assert wrong > 0.1
+    taken = torch.tensor([len(steps_of(roll, b)) for b in range(3 * G)])
+    assert (candidates.sum(1) < taken).any()  # a step that revealed nothing valid
+
+
+# ------------------------------------------------------------------------------------- the draw of steps
+
+W = torch.tensor([[0.3, 2.0, 0.0, 1.1, 0.9]])
+SOME = torch.tensor([[True, True, False, True, True]])
+N = 20_000
+
+
+def draws(w, candidates, k: int, tau: float) -> torch.Tensor:
+    """N independent draws: (N, k)."""
+    rows = torch.zeros(N, dtype=torch.long)
+    return draw_steps(w[rows], candidates[rows], k, tau, noise(N, 1 + k, w.shape[1]))
+
+
+def softmax(w: torch.Tensor, candidates: torch.Tensor, tau: float) -> list[float]:
+    weights = [math.exp(x / tau) * c for x, c in zip(w[0].tolist(), candidates[0].tolist(), strict=True)]
+    return [x / sum(weights) for x in weights]
+
+
+def test_one_step_is_drawn_with_probability_softmax_of_w_over_tau():
+    """20,000 draws, |z| < 5; false alarm: 4 steps, about 2e-6. The tempting wrong ones are far away."""
+    p = torch.tensor(softmax(W, SOME, 0.7), dtype=torch.float64)
+    found = draws(W, SOME, 1, 0.7) == torch.arange(5)
+    assert_shares(found[:, SOME[0]], p[SOME[0]])
+    assert not found[:, 2].any()  # no candidate, whatever its weight
+    for other in (softmax(W, SOME, 1.0), softmax(W, SOME, 1 / 0.7), softmax(-W, SOME, 0.7)):
+        assert (found.double().mean(0) - torch.tensor(other)).abs().max() > 0.05
+
+
+def test_two_steps_are_drawn_one_after_the_other_without_replacement():
+    """Every ordered pair, |z| < 5; false alarm: 12 pairs, about 7e-6."""
+    p, drawn = softmax(W, SOME, 1.0), draws(W, SOME, 2, 1.0)
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    for i, j in itertools.permutations([0, 1, 3, 4], 2):
+        expected = torch.tensor(p[i] * p[j] / (1 - p[i]), dtype=torch.float64)
+        assert_shares((drawn == torch.tensor([i, j])).all(1), expected)
+
+
+def test_large_tau_is_uniform_and_small_tau_is_the_top_k():
+    """Uniform: false alarm 4 steps, about 2e-6."""
+    found = draws(W, SOME, 1, 1e6) == torch.arange(5)
+    assert_shares(found[:, SOME[0]], torch.full((4,), 0.25, dtype=torch.float64))
+    assert (draws(W, SOME, 3, 1e-3) == torch.tensor([1, 3, 4])).all()  # most surprising first
+    assert draws(W, SOME, 3, 1.0).sort(1).values.unique(dim=0).shape == (4, 3)  # at tau 1 any three of four
+
+
+def test_fewer_candidates_are_all_taken_and_the_rest_is_filled_from_them():
+    """The fill: from the same softmax, each place on its own. False alarm: 5 shares, about 3e-6."""
+    two = torch.tensor([[True, False, False, True, False]])
+    drawn = draws(W, two, 4, 1.0)
+    assert (drawn[:, :2].sort(1).values == torch.tensor([0, 3])).all()
+    assert drawn.unique().tolist() == [0, 3]
+    p = torch.tensor(softmax(W, two, 1.0), dtype=torch.float64)[3]
+    assert_shares(drawn == 3, torch.stack([p, 1 - p, p, p]))  # second place: what the first left
+    assert_shares((drawn[:, 2:] == 3).all(1), p**2)
+    only = torch.tensor([[False, False, True, False, False]])
+    assert (draws(W, only, 4, 1.0) == 2).all()
+
+
+def test_a_draw_does_not_depend_on_batch_mates():
+    w, candidates = step_surprise(rollout(sharp_model(OFTEN)))
+    w[:] = w[:1]  # twelve equal rows draw differently, because their noise differs
+    candidates[:] = True
+    drawn = draw_steps(w, candidates, 3, 1.0, group_noise(generators(), 3 * G, (4, L)))
+    assert len(drawn.unique(dim=0)) == 3 * G
+    for g in range(3):
+        rows = slice(g * G, (g + 1) * G)
+        alone = group_noise(generators()[g : g + 1], G, (4, L))
+        assert torch.equal(draw_steps(w[rows], candidates[rows], 3, 1.0, alone), drawn[rows])
+    w[G:] += torch.arange(L)
+    changed = draw_steps(w, candidates, 3, 1.0, group_noise(generators(), 3 * G, (4, L)))
+    assert torch.equal(changed[:G], drawn[:G]) and not torch.equal(changed[G:], drawn[G:])
+
+
+# ---------------------------------------------------------------------------------- what is scored, and how
+
+
+def test_clean_state_mask_against_loops():
+    roll = rollout(sharp_model(OFTEN))
+    hidden, revealed, p = roll.step >= 1, roll.step == 1, noise(3 * G, L)
+    expected = torch.zeros(3 * G, L, dtype=torch.bool)
+    for b, i in itertools.product(range(3 * G), range(L)):
+        is_hidden, is_valid = roll.step[b, i] >= 1, i in up_to_eos(roll.completion[b].tolist(), 1)
+        if is_hidden and is_valid:
+            expected[b, i] = p[b, i] >= 0.6 or roll.step[b, i] == 1
+    assert torch.equal(clean_state_mask(p, hidden, roll.valid, revealed, 0.6), expected)
+    visible_too, invalid_too = (p >= 0.6) & roll.valid | revealed, hidden & (p >= 0.6) | revealed
+    precedence = hidden & roll.valid & (p >= 0.6) | revealed
+    for wrong in (visible_too, invalid_too, precedence, hidden & roll.valid & (p >= 0.6)):
+        assert not torch.equal(wrong, expected)
+    for p_min in (0.0, -1.0):
+        assert torch.equal(clean_state_mask(p, hidden, roll.valid, revealed, p_min), hidden & roll.valid)
+    for p_min in (1.01, 2.0):
+        assert torch.equal(clean_state_mask(p, hidden, roll.valid, revealed, p_min), revealed & roll.valid)
+
+
+def test_advantage_by_hand():
+    """Group 1: std 1, not the 0.816 of ddof 0. Group 2: std 0.0017 counts as 0.01, not as 0.0117."""
+    reward = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.5, 0.503])
+    adv = advantage(reward, 3)
+    torch.testing.assert_close(adv, torch.tensor([-1.0, 0.0, 1.0, -0.1, -0.1, 0.2]), atol=1e-5, rtol=0)
+    group = reward.view(2, 3)
+    centred = group - group.mean(1, keepdim=True)
+    ddof_0, added = group.std(1, keepdim=True, correction=0), group.std(1, keepdim=True)
+    for wrong in (centred / ddof_0.clamp(min=0.01), centred / (added + 0.01)):
+        assert (wrong.flatten() - adv).abs().max() > 0.005
+
+
+def test_equal_rewards_have_exactly_no_advantage():
+    """Subtracting the mean is not enough: in fp32 the mean of six times 0.9 is not 0.9."""
+    reward = torch.full((6,), 0.9)
+    assert ((reward - reward.mean()) / reward.std().clamp(min=0.01)).abs().max() > 0
+    assert advantage(reward, 6).abs().max() == 0
+    beside_others = advantage(torch.cat([reward, reward.cumsum(0)]), 6)
+    assert beside_others[:6].abs().max() == 0 and beside_others[6:].abs().min() > 0.1
+
+
+def test_hand_computed_example():
+    """2 canvases of 3 tokens, A = 1 and -2, four of them scored: (1 + 3 - 2 * 0.5 - 2 * 2) / 4."""
+    logp = torch.tensor([[-1.0, -7.0, -3.0], [-0.5, -2.0, -9.0]], requires_grad=True)
+    m = torch.tensor([[1, 0, 1], [1, 1, 0]])
+    loss = token_loss(logp, None, torch.tensor([1.0, -2.0]), 0.2)
+    torch.testing.assert_close(loss, torch.tensor([[1.0, 7.0, 3.0], [-1.0, -4.0, -18.0]]))
+    total = (loss * m).sum() / m.sum()
+    assert total.item() == pytest.approx(-0.25)
+    total.backward()  # descending raises the good row's tokens and lowers the bad one's
+    torch.testing.assert_close(logp.grad, torch.tensor([[-0.25, 0, -0.25], [0.5, 0.5, 0]]))
+
+
+def test_ppo_by_hand():
+    """The pessimistic of the clipped and the plain ratio, clip [0.8, 1.2]; a row is one advantage."""
+    ratio = torch.tensor([[1.0, 2.0, 0.5, 1.1], [1.0, 2.0, 0.5, 1.1]])
+    expected = torch.tensor([[-1.0, -1.2, -0.5, -1.1], [3.0, 6.0, 2.4, 3.3]])  # A = 1, A = -3
+    logp_old = -noise(2, 4).float()
+    adv = torch.tensor([1.0, -3.0])
+    logp = (logp_old + ratio.log()).requires_grad_()
+    loss = token_loss(logp, logp_old, adv, 0.2)
+    torch.testing.assert_close(loss, expected)
+    loss.sum().backward()
+    assert (logp.grad == 0).tolist() == [[False, True, False, False], [False, False, True, False]]
+    clipped = ratio.clamp(0.8, 1.2) * adv[:, None]
+    optimistic = torch.max(ratio * adv[:, None], clipped)
+    assert (-clipped - expected).abs().max() > 0.1 and (-optimistic - expected).abs().max() > 0.1
+
+
+def test_reinforce_and_ppo_have_the_same_gradient_at_the_old_policy():
+    logp, adv = -noise(3, 5).requires_grad_(), torch.tensor([1.0, -0.4, 0.0], dtype=torch.float64)
+    plain, clipped = token_loss(logp, None, adv, 0.2), token_loss(logp, logp.detach(), adv, 0.2)
+    assert torch.equal(clipped, -adv[:, None].expand(3, 5))  # ratio 1
+    expected = torch.autograd.grad(plain.sum(), logp)[0]
+    assert torch.equal(torch.autograd.grad(clipped.sum(), logp)[0], expected)
+    assert torch.equal(expected, -adv[:, None].expand(3, 5))
+
+
+def test_k3_estimates_the_kl_to_the_reference():
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    torch.testing.assert_close((p * rldf.k3(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
+    assert (p * rldf.k3(q.log(), p.log())).sum().item() != pytest.approx((p * (p / q).log()).sum().item())
+    assert rldf.k3(p.log(), p.log()).abs().max() == 0
+
+
+# ---------------------------------------------------------------------------------------- whole updates
+
+
+def toy_task() -> common.Task:
+    """Prompts of four lengths; a reward that has no meaning but a value for every text."""
+    rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901=")]
+
+    def reward(text: str, row: dict):
+        return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
+
+    return common.Task(rows, rows[:1], reward, lambda text, row: [text])
+
+
+def equal_rewards() -> common.Task:
+    task = toy_task()
+    task.reward = lambda text, row: (0.9, {"correct": 0.0, "parse_fail": 0.0})
+    return task
+
+
+def policy(dtype=torch.float64) -> common.Denoiser:
+    return sharp_model(OFTEN, dtype)
+
+
+def other_model() -> common.Denoiser:
+    """A reference unlike the policy."""
+    model = policy()
+    model.network.decoder.bias.data += noise(len(model.network.decoder.bias))
+    return model
+
+
+SPIES = ("denoise", "reward_rows", "draw_steps", "canvas_logp", "clean_state_mask", "token_loss")
+SHAPE = "--task toy --prompts 4 --G 6 --L 8 --S 8 --block 4 --k 3 --steps 1 --threshold 0.5 --temperature 0.7"
+
+
+@pytest.fixture
+def update(monkeypatch, tmp_path):
+    """Launch one update in float64 that moves nothing (lr 0): what each of SPIES was given and gave, the
+    gradients before clipping, one for each optimizer step, and the metrics."""
+    monkeypatch.setattr(rldf, "copy", SimpleNamespace(deepcopy=lambda _: other_model()))
+    monkeypatch.setattr(common.Run, "evaluate", lambda self: None)
+    monkeypatch.setattr(common.Run, "finish", lambda self: 0.0)
+    seen = SimpleNamespace(gradients=[], **{name: record(monkeypatch, rldf, name) for name in SPIES})
+    real, runs = common.Run.optimizer_step, itertools.count()
+
+    def optimizer_step(self, *inputs):
+        seen.gradients.append(torch.cat([p.grad.flatten() for p in self.model.network.parameters()]))
+        return real(self, *inputs)
+
+    monkeypatch.setattr(common.Run, "optimizer_step", optimizer_step)
+
+    def go(flags: str, task=toy_task, model=policy):
+        for calls in vars(seen).values():
+            calls.clear()
+        monkeypatch.setattr(rldf, "load_model", lambda *_: model())
+        monkeypatch.setitem(common.TASKS, "toy", task)
+        out = tmp_path / str(next(runs))
+        launch("rldf", *f"{SHAPE} --lr 0 --minibatches 1 --out {out} {flags}".split())
+        rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        metrics = next(row for row in rows if "loss" in row)
+        return SimpleNamespace(metrics=metrics, **{name: list(calls) for name, calls in vars(seen).items()})
+
+    return go
+
+
+def slow_logp(model, roll, b: int, hidden: list[int]) -> torch.Tensor:
+    """(L,) log-probs of row b's tokens; its canvas alone in a forward, its prompt without padding."""
+    shown = [model.mask_id if i in hidden else t for i, t in enumerate(roll.completion[b].tolist())]
+    x = torch.cat([roll.prompt[b, roll.prompt_mask[b]], torch.tensor(shown)])
+    logits = model.head(model.hidden(x[None], None))[0, -len(shown) :]
+    return (logits / 0.7).log_softmax(1).gather(1, roll.completion[b, :, None])[:, 0]
+
+
+def slow_update(model, seen, p_min: float, beta: float):
+    """The paper's loss, the tempting mean over canvases of each canvas's mean, and the number of scored
+    tokens."""
+    ((_, roll),), ((_, (reward, _, _)),), ((_, steps),) = seen.denoise, seen.reward_rows, seen.draw_steps
+    reference, per_canvas = other_model(), []
+    for b, j in itertools.product(range(len(steps)), range(3)):
+        s = steps[b, j].item()
+        group = reward[b // 6 * 6 : b // 6 * 6 + 6].double().tolist()
+        adv = (reward[b].item() - statistics.mean(group)) / max(statistics.stdev(group), 0.01)
+        hidden = [i for i in range(8) if roll.step[b, i] >= s]
+        logp = slow_logp(model, roll, b, hidden)
+        with torch.no_grad():
+            logp_ref = slow_logp(reference, roll, b, hidden)
+        losses = []
+        for i in up_to_eos(roll.completion[b].tolist(), model.eos_id):
+            if i in hidden and (logp[i].exp() >= p_min or roll.step[b, i] == s):
+                d = logp_ref[i] - logp[i]
+                losses.append(-adv * logp[i] + beta * (d.exp() - d - 1))
+        per_canvas.append(torch.stack(losses))
+    count = sum(map(len, per_canvas))
+    mean_of_means = sum(losses.mean() for losses in per_canvas) / len(per_canvas)
+    return sum(losses.sum() for losses in per_canvas) / count, mean_of_means, count
+
+
+def gradient(model, loss: torch.Tensor) -> torch.Tensor:
+    grads = torch.autograd.grad(loss, list(model.network.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def relative_error(exact, found) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("p_min, beta", [(0.3, 0.0), (0.0, 0.0), (2.0, 0.0), (0.3, 0.4)])
+def test_an_update_has_the_gradient_of_the_paper(update, p_min, beta):
+    """One canvas at a time, one normaliser. 1e-6: the network rotates in fp32, whatever its weights."""
+    seen = update(f"--p_min {p_min} --beta {beta}")
+    model = policy()
+    loss, wrong, count = slow_update(model, seen, p_min, beta)
+    (found,), metrics = seen.gradients, seen.metrics
+    assert relative_error(gradient(model, loss), found) < 1e-6
+    assert metrics["scored_tokens"] == count and metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert metrics["nfe_update"] == 24 * 3 * (2 if beta else 1)
+    if p_min < 1:  # else nearly every canvas scores one token, and the two agree
+        assert relative_error(gradient(model, wrong), found) > 0.02
+    ((_, _, valid, revealed, _), _), hidden = seen.clean_state_mask[0], seen.canvas_logp[0][0][2]
+    fewest, most = (revealed & valid).sum(), (hidden & valid).sum()
+    assert fewest < most and {0.0: count == most, 0.3: fewest < count < most, 2.0: count == fewest}[p_min]
+
+
+def test_the_gradient_does_not_depend_on_the_budget(update):
+    whole = update("")
+    assert len(whole.token_loss) == 1
+    for budget, forwards in ((1, 72), (100, 11)):
+        seen = update(f"--budget {budget}")
+        assert len(seen.token_loss) == forwards
+        assert relative_error(whole.gradients[0], seen.gradients[0]) < 1e-12
+        assert seen.metrics["nfe_update"] == 72
+    wrong = 0.0  # a normaliser per forward
+    for (scored, _), (inputs, _), (_, m) in zip(seen.canvas_logp, seen.token_loss, seen.clean_state_mask,
+                                                strict=True):
+        loss = token_loss(canvas_logp(*scored), *inputs[1:])
+        wrong = wrong + gradient(scored[0], (loss * m).sum() / m.sum()) / forwards
+    assert relative_error(whole.gradients[0], wrong) > 0.01
+
+
+def test_minibatches_are_whole_groups_each_with_its_own_normaliser(update):
+    whole, seen = update(""), update("--minibatches 2")
+    counts = [m.sum().item() for _, m in seen.clean_state_mask]
+    assert len(counts) == len(seen.gradients) == 2 and counts[0] != counts[1]
+    together = sum(n * g for n, g in zip(counts, seen.gradients, strict=True)) / sum(counts)
+    assert relative_error(whole.gradients[0], together) < 1e-12
+    groups = [inputs[1].prompt.unique(dim=0).tolist() for inputs, _ in seen.canvas_logp]
+    assert [len(g) for g in groups] == [2, 2] and not any(prompt in groups[1] for prompt in groups[0])
+    assert all(len(inputs[1].prompt) == 2 * 6 * 3 for inputs, _ in seen.canvas_logp)
+
+
+def test_equal_rewards_leave_the_kl_alone(update):
+    (nothing,) = update("", equal_rewards).gradients
+    assert nothing.abs().max() == 0
+    seen = update("--beta 0.4 --p_min 0.3", equal_rewards)
+    model = policy()
+    kl_alone, _, _ = slow_update(model, seen, 0.3, 0.4)
+    assert seen.gradients[0].norm() > 0.1
+    assert relative_error(gradient(model, kl_alone), seen.gradients[0]) < 1e-6
+    assert seen.metrics["kl"] == pytest.approx(kl_alone.item() / 0.4, rel=1e-6)
+
+
+def test_select_decides_the_weights_of_the_draw(update):
+    """Uniform: all weights equal, the candidates as before."""
+    surprise, uniform = update(""), update("--select uniform")
+    w, candidates = step_surprise(surprise.denoise[0][1])
+    (w_surprise, candidates_surprise, *_), drawn = surprise.draw_steps[0]
+    (w_uniform, candidates_uniform, *_), drawn_uniform = uniform.draw_steps[0]
+    assert torch.equal(w_surprise, w) and w[candidates].std() > 0.1 and (w_uniform == 0).all()
+    assert torch.equal(candidates_surprise, candidates) and torch.equal(candidates_uniform, candidates)
+    assert not torch.equal(drawn, drawn_uniform)
+
+
+def test_random_canvases_hide_and_score_30_percent(update):
+    """|z| < 5 over some 5000 tokens: false alarm about 6e-7. Nothing else but the tail is hidden."""
+    seen = update("--canvas random --G 60 --p_min 2 --budget 100000")
+    (((_, roll, hidden, _), _),), ((_, m),) = seen.canvas_logp, seen.clean_state_mask
+    assert_shares(hidden[roll.valid], torch.tensor(0.3, dtype=torch.float64))
+    assert torch.equal(m, hidden & roll.valid)  # all of it is scored, whatever p_min
+    tail = roll.step == roll.S
+    behind = ~roll.valid & ~tail  # the rest of the block of the EOS
+    assert tail.any() and hidden[tail].all() and behind.any() and not hidden[behind].any()
+    of_a_row = hidden.view(-1, 3, 8)[roll.valid.view(-1, 3, 8).all((1, 2))]
+    assert (of_a_row[:, 0] != of_a_row[:, 1]).any(1).double().mean() > 0.9  # each canvas has its own mask
+
+
+def test_the_old_policy_is_the_one_before_the_first_pass(update):
+    """The ratio is 1 in the first pass, not in the second; both score the same tokens."""
+    seen = update("--passes 2 --lr 1e-2 --p_min 0.3", model=lambda: policy(torch.float32))
+    ((_, roll, hidden, T), logp_old), *_ = seen.canvas_logp
+    (_, _, valid, revealed, _), mask = seen.clean_state_mask[0]
+    with torch.no_grad():
+        before = canvas_logp(policy(torch.float32), roll, hidden, T)
+    torch.testing.assert_close(logp_old, before)
+    (first, old_first), (second, old_second) = (inputs[:2] for inputs, _ in seen.token_loss)
+    assert torch.equal(old_first, logp_old) and torch.equal(old_second, logp_old)
+    torch.testing.assert_close(first, logp_old, atol=1e-5, rtol=0)
+    assert (second - logp_old)[mask].abs().max() > 0.01
+    assert torch.equal(seen.clean_state_mask[1][1], mask)
+    assert not torch.equal(clean_state_mask(second.exp(), hidden, valid, revealed, 0.3), mask)  # moved policy
+    plain = update("--p_min 0.3", model=lambda: policy(torch.float32))
+    assert plain.token_loss[0][0][1] is None  # one pass: REINFORCE, which has the gradient of PPO's first
+    assert relative_error(plain.gradients[0], seen.gradients[0]) < 1e-5
+    assert seen.metrics["nfe_update"] == 3 * plain.metrics["nfe_update"] == 3 * 72
+
+
+def test_a_run_with_every_option_completes(monkeypatch, tmp_path):
+    common.save_model(sharp_model(OFTEN), tmp_path / "model")
+    monkeypatch.setitem(common.TASKS, "toy", toy_task)
+    flags = f"{SHAPE} --steps 2 --passes 2 --minibatches 2 --beta 0.1 --canvas random --select uniform"
+    out = tmp_path / "out"
+    launch("rldf", "--model", tmp_path / "model", "--out", out, *flags.split())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in updates] == [1, 2] and updates[1]["skipped"] == 0
+    assert all(math.isfinite(value) for row in updates for value in row.values())
+    assert updates[0]["nfe_update"] == 72 * (1 + 2 * 2)  # the old policy once; policy and reference twice
+    assert updates[0]["kl"] >= 0 and updates[1]["kl"] > 1e-6
