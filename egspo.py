@@ -58,9 +58,9 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward of an update or an evaluation
+    budget: int = 8448  # most tokens in one forward of an update
     # </frozen>
-    steps: int = 90  # rollouts, each with its updates
+    steps: int = 100  # rollouts, each with its updates
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)
@@ -69,7 +69,7 @@ class Args:
     eps_hi: float = 0.5  # upper clip (paper: 0.5)
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.04); 0: no reference model
     passes: int = 1  # passes over the kept steps of a rollout
-    minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
+    minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # AdamW (paper: 3e-5 with LoRA; full fine-tuning of an LLM: start at 1e-6)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 

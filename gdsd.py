@@ -53,7 +53,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward of an update or an evaluation
+    budget: int = 8448  # most tokens in one forward of an update
     # </frozen>
     steps: int = 60  # rollouts, each with its updates
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits

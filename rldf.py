@@ -55,7 +55,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward of an update or an evaluation
+    budget: int = 8448  # most tokens in one forward of an update
     # </frozen>
     steps: int = 100  # rollouts, each with its updates
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)

@@ -1,6 +1,6 @@
 """wd1 and wd1++: weighted log-likelihood policy optimisation (arXiv 2507.08838, ICLR 2026).
 
-No ratio, clip or reference: raise the log-likelihood of a group's good completions, lower that of its bad ones,
+No ratio, clip or reference: raise the log-likelihood of a group's good completions, lower that of the bad,
 
     loss = mean over prompts of sum_i (w-_i - w+_i) log pi(o_i | q)                              (Eq. 8)
     w+ = softmax of psi A over the group,   w- = softmax of -psi A,   A = R - mean R             (Eq. 9)
@@ -9,7 +9,7 @@ with the one-step likelihood of d1: the WHOLE completion hidden and each prompt 
 0.15. That canvas does not contain the completion, so one forward per prompt serves all G of them.
 
 wd1++ (Eq. 10) scores the trajectory instead. Members of a group are (i, s), s = 0..S-1, with the greedy
-one-step completion y of the canvas x before step s (for a row's last step, the finished row); w over them all:
+one-step completion y of the canvas x before step s (for a row's last step: the finished row); w over all:
 
     loss = mean over prompts of sum_(i,s) (w- - w+) (1 / l_s) sum_(hidden in x, valid in y) log pi(y | x)
 
@@ -20,8 +20,8 @@ Differences from the authors' released code: the softmax is over the prompt's gr
 micro-batch, which mixes prompts); G times fewer forwards; every drawn mask is used (half of theirs is not);
 Gumbel noise in float64 (theirs: bf16); wd1++, which is not released.
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
-already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults for
-the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1), the paper's others beside them.
+already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults
+for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1), its others beside them.
 
 python wd1.py                                                       4x4 Sudoku on 2 CPU cores
 python wd1.py --plusplus --passes 1 --minibatches 2 --lr 1e-4       wd1++
@@ -57,7 +57,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward of an update or an evaluation
+    budget: int = 8448  # most tokens in one forward of an update
     # </frozen>
     steps: int = 150  # rollouts, each with its updates
     plusplus: bool = False  # wd1++: score the denoising trajectory

@@ -438,6 +438,13 @@ def test_the_gradient_does_not_depend_on_the_budget(update):
     assert relative_error(whole.gradients[0], wrong) > 0.01
 
 
+def test_a_canvas_with_nothing_to_score_adds_nothing(update):
+    """Random canvases of short answers, one canvas per forward and all in one."""
+    whole, seen = update("--canvas random"), update("--canvas random --budget 1")
+    assert any(not m.any() for _, m in seen.clean_state_mask)
+    assert relative_error(whole.gradients[0], seen.gradients[0]) < 1e-12
+
+
 def test_minibatches_are_whole_groups_each_with_its_own_normaliser(update):
     whole, seen = update(""), update("--minibatches 2")
     counts = [m.sum().item() for _, m in seen.clean_state_mask]
@@ -492,6 +499,8 @@ def test_the_old_policy_is_the_one_before_the_first_pass(update):
     with torch.no_grad():
         before = canvas_logp(policy(torch.float32), roll, hidden, T)
     torch.testing.assert_close(logp_old, before)
+    own = revealed & valid  # what a step revealed was sampled with this probability: one temperature
+    torch.testing.assert_close(logp_old[own], roll.logp[own], atol=1e-4, rtol=0)
     (first, old_first), (second, old_second) = (inputs[:2] for inputs, _ in seen.token_loss)
     assert torch.equal(old_first, logp_old) and torch.equal(old_second, logp_old)
     torch.testing.assert_close(first, logp_old, atol=1e-5, rtol=0)
