@@ -29,7 +29,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import Denoiser, save_model, sudoku_puzzles, sudoku_split
+from common import Denoiser, save_model
+from tasks import sudoku_puzzles, sudoku_split
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Args:
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     budget: int = 8448  # most tokens in one forward of an update
     # </frozen>
-    steps: int = 100  # rollouts, each with its updates
+    steps: int = 80  # rollouts, each with its updates
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
     k: int = 4  # denoising steps per row (paper: 4)

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import common
 import gdsd
+import tasks
 from common import Rollout, denoise, group_noise, log_prob, until_eos
 from gdsd import advantage, centred_logit, distillation_loss, mask_pairs, pair_score
 
@@ -387,21 +388,21 @@ def test_the_released_clamp_stops_after_the_first_pass():
 # ---------------------------------------------------------------------------------------- whole runs
 
 
-def toy_task() -> common.Task:
+def toy_task() -> tasks.Task:
     """Prompts of three lengths; a reward that has no meaning but a value for every text."""
     rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7=")]
 
     def reward(text: str, row: dict):
         return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
 
-    return common.Task(rows, rows[:1], reward, lambda text, row: [text])
+    return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Launch a small run from the sharp model; returns the metrics of its updates."""
     common.save_model(sharp_model(), tmp_path / "model")
-    monkeypatch.setitem(common.TASKS, "toy", toy_task)
+    monkeypatch.setitem(tasks.TASKS, "toy", toy_task)
     number = itertools.count()
 
     def go(flags: str) -> list[dict]:
@@ -427,9 +428,11 @@ def record(monkeypatch, name: str, note) -> list:
 
 
 def test_old_reference_and_every_pass_see_the_same_masks(run, monkeypatch, tmp_path):
-    def row_keys(roll, hidden):
+    """And a minibatch is made of whole groups."""
+
+    def seen(roll, hidden) -> list[str]:
         rows = zip(roll.prompt.tolist(), roll.completion.tolist(), hidden.tolist(), strict=True)
-        return Counter(map(repr, rows))
+        return list(map(repr, rows))
 
     def note(inputs, c):
         return len(masks), inputs[0], c.requires_grad, inputs[1:3]  # in which update, model, kind, rows
@@ -438,20 +441,20 @@ def test_old_reference_and_every_pass_see_the_same_masks(run, monkeypatch, tmp_p
     masks = record(monkeypatch, "mask_pairs", lambda inputs, hidden: (inputs[1], hidden))
     calls = record(monkeypatch, "pair_score", note)
     updates = run("--steps 2 --passes 2 --minibatches 2 --beta 0.1 --budget 200 --lr 1e-2")
-    assert len(masks) == 2 and not torch.equal(masks[0][0], masks[1][0])  # the noise they are made of
+    noise = [set(noise.flatten().tolist()) for noise, _ in masks]
+    assert len(noise) == 2 and noise[0].isdisjoint(noise[1])
     policy = next(model for _, model, grad, _ in calls if grad)
     for update, (roll, (_, hidden)) in enumerate(zip(rolls, masks, strict=True), 1):
         assert not torch.equal(hidden[:, 0], hidden[:, 1])
-        everything = row_keys(roll[torch.arange(12).repeat_interleave(2)], hidden.flatten(0, 1))
-        seen = {"old": Counter(), "ref": Counter(), "new": Counter()}
+        everything = Counter(seen(roll[torch.arange(12).repeat_interleave(2)], hidden.flatten(0, 1)))
+        old, ref, new = [], [], []
         for at, model, grad, inputs in calls:
             if at == update:
-                kind = "new" if grad else "old" if model is policy else "ref"
-                if kind == "new" and seen["new"] == everything:  # the second pass begins
-                    seen["first pass"] = seen.pop("new")
-                    seen["new"] = Counter()
-                seen[kind] += row_keys(*inputs)
-        assert len(seen) == 4 and all(found == everything for found in seen.values())
+                (new if grad else old if model is policy else ref).extend(seen(*inputs))
+        for found in (old, ref, new[:24], new[24:]):
+            assert Counter(found) == everything
+        for start in range(0, 48, 12):
+            assert len({row.split("]")[0] for row in new[start : start + 12]}) == 2  # of four prompts
     (reference,) = {id(m): m for _, m, _, _ in calls if m is not policy}.values()
     start = common.load_model(str(tmp_path / "model")).network.state_dict()
     assert all(torch.equal(v, start[k]) for k, v in reference.network.state_dict().items())
@@ -503,10 +506,10 @@ def slow_advantages(model, roll) -> list[float]:
 
 @pytest.mark.parametrize("match", MATCHES)
 def test_a_run_computes_the_papers_loss(run, exact, monkeypatch, tmp_path, match):
-    """Two updates of two passes: the scores of old, reference and policy are of different networks."""
+    """Two updates of three passes: the scores of old, reference and policy are of different networks."""
     rolls = record(monkeypatch, "denoise", lambda _, roll: roll)
     masks = record(monkeypatch, "mask_pairs", lambda _, hidden: hidden)
-    flags = "--steps 2 --passes 2 --minibatches 1 --psi 2 --beta 0.3 --budget 100 --lr 1e-2"
+    flags = "--steps 2 --passes 3 --minibatches 1 --psi 2 --beta 0.3 --budget 100 --lr 1e-2"
     updates = run(f"--match {match} {flags}")
     assert rolls[0].valid.sum(1).unique().numel() > 3
     model = gdsd.load_model(str(tmp_path / "model"))
@@ -520,8 +523,8 @@ def test_a_run_computes_the_papers_loss(run, exact, monkeypatch, tmp_path, match
         roll, hidden, losses = rolls[update], masks[update], []
         adv = slow_advantages(model, roll)
         with torch.no_grad():
-            ref, old = (c(weights, roll, hidden) for weights in (start, exact[2 * update][1]))
-        for grad, weights in exact[2 * update : 2 * update + 2]:
+            ref, old = (c(weights, roll, hidden) for weights in (start, exact[3 * update][1]))
+        for grad, weights in exact[3 * update : 3 * update + 3]:
             loss = 0.0
             for k, c_new in enumerate(c(weights, roll, hidden)):
                 loss = loss + ((c_new - old[k] - 2 * adv[k // 2]) ** 2 + 0.3 * (c_new - ref[k]) ** 2) / 24
@@ -529,7 +532,7 @@ def test_a_run_computes_the_papers_loss(run, exact, monkeypatch, tmp_path, match
             expected = torch.cat([g.flatten() for g in expected if g is not None])
             assert (grad - expected).norm() < 1e-10 * expected.norm()
             losses.append(loss.item())
-        assert updates[update]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-10)
+        assert updates[update]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-10)
         assert abs(losses[1] - losses[0]) > 1e-3  # the weights moved, c_old did not
 
 

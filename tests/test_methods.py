@@ -15,6 +15,7 @@ import torch
 
 import common
 import pretrain
+import tasks
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["egspo", "wd1", "rldf", "gdsd"]
@@ -35,11 +36,11 @@ def folder(tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def few_boards(monkeypatch):
     """64 held-out boards instead of 1024."""
-    whole = common.sudoku
-    monkeypatch.setitem(common.TASKS, "sudoku", lambda: cut(whole()))
+    whole = tasks.sudoku
+    monkeypatch.setitem(tasks.TASKS, "sudoku", lambda: cut(whole()))
 
 
-def cut(task: common.Task) -> common.Task:
+def cut(task: tasks.Task) -> tasks.Task:
     task.test = task.test[:64]
     return task
 
@@ -255,7 +256,7 @@ LEARN = {
 }
 
 
-def echo_task() -> common.Task:
+def echo_task() -> tasks.Task:
     """Answer with the prompt's digit, four times. Chance is 1/13 per token."""
     rows = [{"prompt": f"{digit}="} for digit in "1234"]
 
@@ -263,14 +264,14 @@ def echo_task() -> common.Task:
         right = sum(a == row["prompt"][0] for a in text) / 4
         return right, {"correct": float(right == 1), "parse_fail": 0.0}
 
-    return common.Task(rows, rows, reward, lambda text, row: [row["prompt"] + text])
+    return tasks.Task(rows, rows, reward, lambda text, row: [row["prompt"] + text])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns(method, tmp_path, monkeypatch):
     base = tmp_path / "base"
     common.save_model(pretrain.tiny_model(layers=1, width=64), base)
-    monkeypatch.setitem(common.TASKS, "echo", echo_task)
+    monkeypatch.setitem(tasks.TASKS, "echo", echo_task)
     begin = time.perf_counter()
     shape = "--prompts 4 --G 32 --L 4 --S 2 --block 4 --eval_every 1000 --save_every 1000".split()
     out = tmp_path / "run"

@@ -14,8 +14,9 @@ from conftest import global_random_states, padded_prompts, sharp_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import Denoiser, is_bidirectional, load_model, save_model, sudoku_puzzles, sudoku_split
+from common import Denoiser, is_bidirectional, load_model, save_model
 from pretrain import Settings, base_folder, demonstrations, tiny_model, train
+from tasks import sudoku_puzzles, sudoku_split
 
 SMALL = {"steps": 3, "batch": 8, "layers": 1, "width": 32}
 

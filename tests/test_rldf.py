@@ -15,6 +15,7 @@ from test_methods import launch
 import common
 import egspo
 import rldf
+import tasks
 from common import canvas, denoise, group_noise, score
 from rldf import advantage, canvas_logp, clean_state_mask, draw_steps, step_surprise, token_loss
 
@@ -303,17 +304,17 @@ def test_k3_estimates_the_kl_to_the_reference():
 # ---------------------------------------------------------------------------------------- whole updates
 
 
-def toy_task() -> common.Task:
+def toy_task() -> tasks.Task:
     """Prompts of four lengths; a reward that has no meaning but a value for every text."""
     rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901=")]
 
     def reward(text: str, row: dict):
         return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
 
-    return common.Task(rows, rows[:1], reward, lambda text, row: [text])
+    return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])
 
 
-def equal_rewards() -> common.Task:
+def equal_rewards() -> tasks.Task:
     task = toy_task()
     task.reward = lambda text, row: (0.9, {"correct": 0.0, "parse_fail": 0.0})
     return task
@@ -354,7 +355,7 @@ def update(monkeypatch, tmp_path):
         for calls in vars(seen).values():
             calls.clear()
         monkeypatch.setattr(rldf, "load_model", lambda *_: model())
-        monkeypatch.setitem(common.TASKS, "toy", task)
+        monkeypatch.setitem(tasks.TASKS, "toy", task)
         out = tmp_path / str(next(runs))
         launch("rldf", *f"{SHAPE} --lr 0 --minibatches 1 --out {out} {flags}".split())
         rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -515,7 +516,7 @@ def test_the_old_policy_is_the_one_before_the_first_pass(update):
 
 def test_a_run_with_every_option_completes(monkeypatch, tmp_path):
     common.save_model(sharp_model(OFTEN), tmp_path / "model")
-    monkeypatch.setitem(common.TASKS, "toy", toy_task)
+    monkeypatch.setitem(tasks.TASKS, "toy", toy_task)
     flags = f"{SHAPE} --steps 2 --passes 2 --minibatches 2 --beta 0.1 --canvas random --select uniform"
     out = tmp_path / "out"
     launch("rldf", "--model", tmp_path / "model", "--out", out, *flags.split())

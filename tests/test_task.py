@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, global_random_states, sharp_model
 
-from common import (draw_prompts, encode, generator, reward_rows, sudoku, sudoku_draw, sudoku_grids,
-                    sudoku_puzzles, sudoku_reward, sudoku_split, until_eos)
+from common import draw_prompts, encode, generator, reward_rows, until_eos
+from tasks import sudoku, sudoku_draw, sudoku_grids, sudoku_puzzles, sudoku_reward, sudoku_split
 
 PUBLIC = ROOT.parent / "shared" / "data" / "4x4_test_sudoku.csv"
 ROW = {"puzzle": "3102200002100320", "solution": "3142243142131324"}

@@ -12,6 +12,7 @@ from test_methods import launch
 
 import common
 import wd1
+import tasks
 from common import canvas, denoise, encode, group_noise, until_eos
 from wd1 import clean_predictions, draw_steps, group_weights, hide_tokens, one_step_logp, trajectory_logp
 
@@ -389,14 +390,14 @@ def test_plusplus_with_one_step_is_wd1_with_the_whole_prompt_shown(in_float64):
 # ---------------------------------------------------------------------------------------- whole runs
 
 
-def toy_task() -> common.Task:
+def toy_task() -> tasks.Task:
     """Prompts of four lengths; a reward that has no meaning but a value for every text."""
     rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901=")]
 
     def reward(text: str, row: dict):
         return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
 
-    return common.Task(rows, rows[:1], reward, lambda text, row: [text])
+    return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])
 
 
 def record(monkeypatch, name: str) -> list:
@@ -416,7 +417,7 @@ def run(monkeypatch, tmp_path):
     """Launch one update that moves nothing (lr 0): (model, metrics, what was drawn). The NFE it reports are
     the rows evaluated for gradients."""
     common.save_model(sharp_model(OFTEN), tmp_path / "model")
-    monkeypatch.setitem(common.TASKS, "toy", toy_task)
+    monkeypatch.setitem(tasks.TASKS, "toy", toy_task)
     drawn = {name: record(monkeypatch, name) for name in ("denoise", "hide_tokens", "draw_steps")}
     evaluated, real = [], common.Denoiser.hidden
 
