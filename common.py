@@ -39,13 +39,14 @@ import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, ModernBertForMaskedLM, PreTrainedModel,
+from transformers import (AutoTokenizer, ModernBertForMaskedLM, PreTrainedConfig, PreTrainedModel,
                           PreTrainedTokenizerBase)
 from transformers.utils import logging as transformers_logging
 
 from tasks import TASKS, Task
 
 transformers_logging.disable_progress_bar()  # one bar at a time: ours
+transformers_logging.set_verbosity_error()  # what it would warn of, load_model refuses
 
 
 def refuse(message: str):
@@ -112,15 +113,18 @@ def load_model(name: str, device: torch.device | str = "cpu") -> Denoiser:
         name = str(base_folder())
     if not (Path(name) / "config.json").is_file():
         refuse(f"unknown model {name!r}: use 'tiny' or a transformers folder (one with a config.json)")
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != "modernbert":
-        refuse(f"{name} is a {config.model_type!r} model; the models that can be loaded are: modernbert")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")  # read, without running anybody's code
+    if kind != "modernbert":
+        refuse(f"{name} is a {kind!r} model; the models that can be loaded are: modernbert")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        network, report = ModernBertForMaskedLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError) as error:
+        refuse(f"{name} cannot be loaded: {str(error).splitlines()[0]}")
     ids = (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if None in ids:
         refuse(f"{name} needs a mask, an eos and a pad token; it has {tokenizer.special_tokens_map}")
-    network, report = ModernBertForMaskedLM.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True)
     wrong = {k: v for k, v in report.items() if v}
     if wrong:  # a missing key would be random weights, with no more than a log line
         refuse(f"{name} does not hold the weights of its config.json: {wrong}")
@@ -627,6 +631,7 @@ def save_model(model: Denoiser, folder: Path):
     model.network.save_pretrained(fresh)
     model.tokenizer.save_pretrained(fresh)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
