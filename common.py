@@ -20,12 +20,14 @@ THE ONE PICTURE. A rollout keeps, for every completion position, the denoising s
 So any intermediate state can be rebuilt from the finished row, and no trajectory is ever stored.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -205,21 +207,21 @@ def denoise(
     threshold: float | None = None,
     guess: bool = False,
 ) -> Rollout:
-    """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), blocks of `block` tokens left to
-    right.
+    """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), block by block, left to right.
 
     Each step evaluates the network once, samples a token for every hidden position of a row's current block
-    and reveals the n = L/S most confident. Nothing is masked again. prompt, prompt_mask: (B, P). gens: one
-    per group of adjacent rows; may be empty when nothing is drawn (temperature 0, order not random).
-    order, "most confident" means: the highest probability
-        "confidence" of the token just sampled (LLaDA; the choice of positions then depends on the sampled
-        tokens), "top_prob"   of the most likely token (the choice depends on the state alone),   "random"  a
-        random order.
-    threshold (Fast-dLLM, arXiv 2505.22618): reveal every position whose probability reaches it, else the
-    single best one,
-        instead of n; a row then takes between L / block and L steps and `S` is taken to be L.
-    A row is done when a finished block holds an EOS: what follows becomes EOS with step = S and costs no
-    forward.
+    and reveals the n = L/S most confident. Nothing is masked again. A row is done when a finished block holds
+    an EOS: what follows becomes EOS with step = S and costs no forward.
+
+    prompt, prompt_mask: (B, P), left-padded. gens: one per group of adjacent rows; may be empty when nothing
+    is drawn (temperature 0, order not random). block must divide L, L / block must divide S, S must divide L.
+    order: "most confident" is the position of highest probability
+        "confidence"  of the token just sampled (LLaDA): the positions depend on the sampled tokens
+        "top_prob"    of its most likely token: the positions depend on the state alone
+        "random"      positions in random order
+    threshold: reveal every position whose probability reaches it, else the single best (Fast-dLLM, arXiv
+        2505.22618), instead of n. Rows then take from L / block to L steps, and S is taken to be L.
+    guess: also keep the greedy one-step completion of the state before each step (no extra forward).
     """
     (B, P), n, T = prompt.shape, L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
     S = L if threshold else S
@@ -581,6 +583,7 @@ class Run:
         self.counters["seconds"] = time.perf_counter() - self.started
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.model.device.type == "cuda" else 0.0
         self.log(metrics | self.counters | {"peak_memory_gib": peak})
+        release_memory()
         self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {self.counters['skipped']} skipped")
         self.bar.update()
 
@@ -612,6 +615,12 @@ class Run:
         metrics, texts = evaluation(self.model, self.task, self.args)
         print_report(self.task, self.args, {f"step {self.step}": metrics}, texts)
         return metrics["eval_accuracy"]
+
+
+def release_memory():
+    """Give freed memory back to the system. glibc keeps it: batches of ever new sizes add up to gigabytes."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def git_commit() -> str:

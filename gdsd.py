@@ -16,7 +16,8 @@ Differences from the authors' released code: it centres the logits and then call
 undoes the centring exactly; its policy term is clamped to +-4e-4, so from the second of 8 passes on its
 gradient is zero (no clamp here: the square stops at its target by itself); masks repeat after 51-76 rollouts;
 its policy term sums over masks while the KL averages; padding is seen and tokens behind the EOS count.
-Differences from the paper: small-batch defaults for the tiny model, the paper's beside them; minibatches.
+Differences from the paper: minibatches; small-batch defaults for the tiny model, the paper's beside them
+(paper: L = S = 256, block 32, T 1, G 16).
 
 python gdsd.py                         4x4 Sudoku on 2 CPU cores
 python gdsd.py --match tlc             centred raw logits

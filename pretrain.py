@@ -1,5 +1,4 @@
-"""The tiny base model the four methods start from: masked-diffusion pretraining on generated 4x4 Sudoku
-boards.
+"""The tiny base model the four methods start from: masked-diffusion pretraining on 4x4 Sudoku boards.
 
 A base trained on correct boards alone is too good to need RL, and RL cannot teach new logic in minutes; what
 it can do is sharpen. So, as in real pretraining data, the demonstrations are of mixed quality: 60 % come from
@@ -8,8 +7,7 @@ a sloppy solver that only fills each row with its missing digits, in any order.
 Objective (MDLM / LLaDA): hide k ~ uniform{1..16} of the 16 answer tokens; mean cross-entropy of the hidden
 ones.
 
-python pretrain.py        about 2.5 minutes on 2 CPU cores; cached, the four scripts run it themselves when it
-is missing
+python pretrain.py        two minutes on 2 CPU cores; cached; the four scripts run it when it is missing
 """
 
 import dataclasses
@@ -29,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import Denoiser, save_model
+from common import Denoiser, release_memory, save_model
 from tasks import sudoku_puzzles, sudoku_split
 
 
@@ -89,7 +87,7 @@ def train(settings: Settings) -> Denoiser:
     digit = torch.tensor(model.tokenizer.convert_tokens_to_ids(list("0123456789")))
     equals = model.tokenizer.convert_tokens_to_ids("=")
     bar = tqdm(range(settings.steps), desc="building the tiny base (once)", dynamic_ncols=True)
-    for _ in bar:
+    for step in bar:
         puzzles, answers = demonstrations(grids, settings.batch, settings.sloppy, rng)
         prompt = torch.nn.functional.pad(digit[torch.from_numpy(puzzles)], (0, 1), value=equals)
         target = digit[torch.from_numpy(answers)]  # (batch, 16)
@@ -106,6 +104,8 @@ def train(settings: Settings) -> Denoiser:
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if step % 50 == 0:
+            release_memory()
     return model
 
 

@@ -332,7 +332,7 @@ def other_model() -> common.Denoiser:
 
 
 SPIES = ("denoise", "reward_rows", "draw_steps", "canvas_logp", "clean_state_mask", "token_loss")
-SHAPE = "--task toy --prompts 4 --G 6 --L 8 --S 8 --block 4 --k 3 --steps 1 --threshold 0.5 --temperature 0.7"
+SHAPE = "--task toy --prompts 4 --G 4 --L 8 --S 8 --block 4 --k 3 --steps 1 --threshold 0.5 --temperature 0.7"
 
 
 @pytest.fixture
@@ -380,12 +380,13 @@ def slow_update(model, seen, p_min: float, beta: float):
     reference, per_canvas = other_model(), []
     for b, j in itertools.product(range(len(steps)), range(3)):
         s = steps[b, j].item()
-        group = reward[b // 6 * 6 : b // 6 * 6 + 6].double().tolist()
+        group = reward[b // 4 * 4 : b // 4 * 4 + 4].double().tolist()
         adv = (reward[b].item() - statistics.mean(group)) / max(statistics.stdev(group), 0.01)
         hidden = [i for i in range(8) if roll.step[b, i] >= s]
         logp = slow_logp(model, roll, b, hidden)
-        with torch.no_grad():
-            logp_ref = slow_logp(reference, roll, b, hidden)
+        logp_ref = logp
+        if beta:
+            logp_ref = slow_logp(reference, roll, b, hidden).detach()
         losses = []
         for i in up_to_eos(roll.completion[b].tolist(), model.eos_id):
             if i in hidden and (logp[i].exp() >= p_min or roll.step[b, i] == s):
@@ -406,7 +407,7 @@ def relative_error(exact, found) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("p_min, beta", [(0.3, 0.0), (0.0, 0.0), (2.0, 0.0), (0.3, 0.4)])
+@pytest.mark.parametrize("p_min, beta", [(0.0, 0.0), (2.0, 0.0), (0.3, 0.4)])
 def test_an_update_has_the_gradient_of_the_paper(update, p_min, beta):
     """One canvas at a time, one normaliser. 1e-6: the network rotates in fp32, whatever its weights."""
     seen = update(f"--p_min {p_min} --beta {beta}")
@@ -415,9 +416,11 @@ def test_an_update_has_the_gradient_of_the_paper(update, p_min, beta):
     (found,), metrics = seen.gradients, seen.metrics
     assert relative_error(gradient(model, loss), found) < 1e-6
     assert metrics["scored_tokens"] == count and metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
-    assert metrics["nfe_update"] == 24 * 3 * (2 if beta else 1)
+    assert metrics["nfe_update"] == 16 * 3 * (2 if beta else 1)
     if p_min < 1:  # else nearly every canvas scores one token, and the two agree
         assert relative_error(gradient(model, wrong), found) > 0.02
+    roll = seen.denoise[0][1]
+    assert roll.nfe < (roll.step < roll.S).sum()  # decoded adaptively: some steps revealed several tokens
     ((_, _, valid, revealed, _), _), hidden = seen.clean_state_mask[0], seen.canvas_logp[0][0][2]
     fewest, most = (revealed & valid).sum(), (hidden & valid).sum()
     assert fewest < most and {0.0: count == most, 0.3: fewest < count < most, 2.0: count == fewest}[p_min]
@@ -426,11 +429,11 @@ def test_an_update_has_the_gradient_of_the_paper(update, p_min, beta):
 def test_the_gradient_does_not_depend_on_the_budget(update):
     whole = update("")
     assert len(whole.token_loss) == 1
-    for budget, forwards in ((1, 72), (100, 11)):
+    for budget, forwards in ((1, 48), (100, 7)):
         seen = update(f"--budget {budget}")
         assert len(seen.token_loss) == forwards
         assert relative_error(whole.gradients[0], seen.gradients[0]) < 1e-12
-        assert seen.metrics["nfe_update"] == 72
+        assert seen.metrics["nfe_update"] == 48
     wrong = 0.0  # a normaliser per forward
     for (scored, _), (inputs, _), (_, m) in zip(seen.canvas_logp, seen.token_loss, seen.clean_state_mask,
                                                 strict=True):
@@ -454,7 +457,7 @@ def test_minibatches_are_whole_groups_each_with_its_own_normaliser(update):
     assert relative_error(whole.gradients[0], together) < 1e-12
     groups = [inputs[1].prompt.unique(dim=0).tolist() for inputs, _ in seen.canvas_logp]
     assert [len(g) for g in groups] == [2, 2] and not any(prompt in groups[1] for prompt in groups[0])
-    assert all(len(inputs[1].prompt) == 2 * 6 * 3 for inputs, _ in seen.canvas_logp)
+    assert all(len(inputs[1].prompt) == 2 * 4 * 3 for inputs, _ in seen.canvas_logp)
 
 
 def test_equal_rewards_leave_the_kl_alone(update):
@@ -511,7 +514,7 @@ def test_the_old_policy_is_the_one_before_the_first_pass(update):
     plain = update("--p_min 0.3", model=lambda: policy(torch.float32))
     assert plain.token_loss[0][0][1] is None  # one pass: REINFORCE, which has the gradient of PPO's first
     assert relative_error(plain.gradients[0], seen.gradients[0]) < 1e-5
-    assert seen.metrics["nfe_update"] == 3 * plain.metrics["nfe_update"] == 3 * 72
+    assert seen.metrics["nfe_update"] == 3 * plain.metrics["nfe_update"] == 3 * 48
 
 
 def test_a_run_with_every_option_completes(monkeypatch, tmp_path):
@@ -524,5 +527,5 @@ def test_a_run_with_every_option_completes(monkeypatch, tmp_path):
     updates = [row for row in rows if "loss" in row]
     assert [row["step"] for row in updates] == [1, 2] and updates[1]["skipped"] == 0
     assert all(math.isfinite(value) for row in updates for value in row.values())
-    assert updates[0]["nfe_update"] == 72 * (1 + 2 * 2)  # the old policy once; policy and reference twice
+    assert updates[0]["nfe_update"] == 48 * (1 + 2 * 2)  # the old policy once; policy and reference twice
     assert updates[0]["kl"] >= 0 and updates[1]["kl"] > 1e-6
