@@ -4,12 +4,12 @@ Denoising is a decision process: the state is the partly masked canvas, the acti
 step, and the reward comes at the end. The policy gradient then is a sum over denoising steps, and only the K
 steps at which the model was least certain are evaluated:
 
-    loss = (1 / B K n) sum over rows b and kept steps s of [-min(rho A, clip(rho, 1 - lo, 1 + hi) A) + beta k3]
+    loss = (1 / B K n) sum over rows b, kept steps s of [-min(rho A, clip(rho, 1 - lo, 1 + hi) A) + beta k3]
     rho  = exp(l - l_old),   l(b, s) = sum over the tokens revealed at s of log p(token | canvas before s)
     A    = ret - mean over the group of ret at the same rank,   ret = (R + lambda (R - r_s)) / (1 + lambda)
 
-r_s is the reward of the greedy one-step completion of the canvas before s ("stepwise advantage", SA); lambda = 0
-is EGSPO without it. A rank is a step's place among the row's kept steps, highest entropy first.
+r_s is the reward of the greedy one-step completion of the canvas before s ("stepwise advantage", SA); with
+lambda = 0 it is EGSPO. A rank is a step's place among the row's kept steps, highest entropy first.
 
 The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs the choice of positions to depend on the state
 alone: `order` top_prob or random. With `confidence`, LLaDA's rule, the positions depend on the sampled tokens
@@ -20,8 +20,8 @@ Differences from the authors' released code: sampled and scored at one temperatu
 KL by k3 (their exact_kl in mean mode is too small by n V); nothing of size V is stored (theirs: (S, B, n, V)
 probabilities, for the entropies alone); canvases are scored in batches (theirs: one by one); every prompt
 drawn is used (theirs: one batch of eight).
-Differences from the paper: lambda is constant, as in the released code (paper: lambda_t); positions are chosen
-by `top_prob` (LLaDA's rule: `confidence`); full fine-tuning, no LoRA; minibatches; small-batch defaults for
+Differences from the paper: lambda is constant, as in the released code (paper: lambda_t); positions by order
+`top_prob` (LLaDA's rule: `confidence`); full fine-tuning, no LoRA; minibatches; small-batch defaults for
 the tiny model, the paper's beside them (paper: L 256, S 128, block 32, T 0.9, G 8).
 
 python egspo.py                        4x4 Sudoku on 2 CPU cores
