@@ -220,9 +220,11 @@ def denoise(
         "top_prob"    of its most likely token: the positions depend on the state alone
         "random"      positions in random order
     threshold: reveal every position whose probability reaches it, else the single best (Fast-dLLM, arXiv
-        2505.22618), instead of n. Rows then take from L / block to L steps, and S is taken to be L.
+        2505.22618), instead of n. Rows then take from L / block to L steps, and S is taken to be L. Needs an
+        order that has a probability.
     guess: also keep the greedy one-step completion of the state before each step (no extra forward).
     """
+    assert not (threshold and order == "random"), "a random order has no probability to compare with a threshold"
     (B, P), n, T = prompt.shape, L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
     S = L if threshold else S
     attn = attention(prompt_mask, L)

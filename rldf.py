@@ -67,7 +67,7 @@ class Args:
     select: Literal["surprise", "uniform"] = "surprise"  # how steps are drawn (paper: surprise)
     canvas: Literal["sequential", "random"] = "sequential"  # sampler's states (paper), or 30 % hidden
     p_min: float = 0.6  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
-    eps: float = 0.2  # clip of the ratio, used from the second pass on
+    eps: float = 0.2  # clip of the ratio, used when passes > 1
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.01); 0: no reference model
     passes: int = 1  # passes over a rollout (paper: 1)
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
@@ -138,6 +138,8 @@ def train(args: Args) -> float:
         refuse(f"--k {args.k} must be at least 1 and at most {S}, the steps a row can take")
     if args.tau <= 0 or args.threshold > 1:
         refuse("--tau must be above 0 and --threshold at most 1")
+    if args.threshold and args.order == "random":
+        refuse("--order random has no probability to compare with a threshold: use --threshold 0")
     # <frozen: setup>
     device = pick_device()
     model = load_model(args.model, device)
@@ -185,7 +187,7 @@ def train(args: Args) -> float:
         tokens_each = prompt.shape[1] + args.L
         logp_old = None
         if args.passes > 1:
-            logp_old = torch.zeros(hidden.shape, device=device)
+            logp_old = torch.zeros(hidden.shape, device=device, dtype=roll.logp.dtype)
             with torch.no_grad():
                 for part in micro_batches(pairs, tokens_each, args.budget):
                     r, j = part.unbind(1)

@@ -110,7 +110,7 @@ def minimiser(match: str, p_old, beta: float) -> tuple[torch.Tensor, float]:
         value.backward()
         return value
 
-    optimizer = torch.optim.LBFGS([model.table], max_iter=1000, tolerance_grad=1e-13, tolerance_change=0,
+    optimizer = torch.optim.LBFGS([model.table], max_iter=200, tolerance_grad=1e-13, tolerance_change=0,
                                   line_search_fn="strong_wolfe")
     optimizer.step(loss)
     return model.table[5, 0, :5].softmax(0).detach(), loss().item()

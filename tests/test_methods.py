@@ -180,7 +180,8 @@ BAD = {
     "--resume /nowhere": "no checkpoint",
 }
 BAD_OF = {
-    "rldf": {"--k 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--canvas": "canvas"},
+    "rldf": {"--k 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--canvas": "canvas",
+             "--order random": "threshold"},
     "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--beta -1": "at least 0"},
     "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
     "egspo": {

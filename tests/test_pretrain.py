@@ -141,12 +141,15 @@ def test_saving_replaces_what_was_there(folder):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_saving_after_a_save_that_was_killed(folder):
-    """Killed before the old folder was removed, or before the new one was complete."""
-    shutil.copytree(folder, folder.with_name("model.old"))
-    shutil.copytree(folder, folder.with_name("model.new"))
+@pytest.mark.parametrize("left", ["model.new", "model.old"])
+def test_saving_after_a_save_that_was_killed(left, folder):
+    """Killed before the new folder was complete, or before the old one was removed."""
+    shutil.copytree(folder, folder.with_name(left))
+    (folder.with_name(left) / "stale.txt").write_text("of the save that was killed")
     save_model(tiny_model(layers=1, width=32), folder)
     assert torch.equal(weights(load_model(str(folder))), weights(tiny_model(layers=1, width=32)))
+    assert not (folder / "stale.txt").exists()
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def causal_llama() -> LlamaForCausalLM:
