@@ -224,7 +224,7 @@ def denoise(
         order that has a probability.
     guess: also keep the greedy one-step completion of the state before each step (no extra forward).
     """
-    assert not (threshold and order == "random"), "a random order has no probability to compare with a threshold"
+    assert not (threshold and order == "random"), "a random order has no probability to compare"
     (B, P), n, T = prompt.shape, L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
     S = L if threshold else S
     attn = attention(prompt_mask, L)
