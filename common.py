@@ -680,16 +680,18 @@ def plot(lines: list[dict], file: Path, title: str):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    evals = [(line["step"], 100 * line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
-    rewards = [(line["step"], 100 * line["reward"]) for line in lines if "reward" in line]
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    axes.axhline(evals[0][1], color="0.6", lw=1, ls=":")
-    axes.annotate("before", evals[0], (2, 3), textcoords="offset points", color="0.4")
-    if rewards:
-        axes.plot(*zip(*rewards, strict=True), color="tab:blue", lw=1, alpha=0.5, label="reward, rollouts")
-    axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", lw=2, ms=4, label="held-out solved")
-    axes.annotate(f"{evals[-1][1]:.1f} %", evals[-1], (0, 7), textcoords="offset points", ha="right",
-                  color="tab:orange", weight="bold")
+    curves = {"reward": ("reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
+              "threshold_accuracy": ("held-out solved, adaptive", dict(color="tab:green", lw=1, ls="--")),
+              "eval_accuracy": ("held-out solved", dict(color="tab:orange", lw=2, marker="o", ms=4))}
+    for key, (label, look) in curves.items():
+        points = [(line["step"], 100 * line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **look)
+    (_, first), (step, last) = points[0], points[-1]
+    axes.axhline(first, color="0.6", lw=1, ls=":")
+    axes.annotate(f"{first:.1f} % before", (step, first), (0, -12), textcoords="offset points", ha="right")
+    axes.annotate(f"{last:.1f} %", (step, last), (0, 7), textcoords="offset points", ha="right")
     axes.set(xlabel="update", ylabel="%", title=title, ylim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
