@@ -1,8 +1,8 @@
 """GDSD and GDSD-TLC: guided denoiser self-distillation (arXiv 2605.29398).
 
-KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A). Its log differs from log
-pi_old by psi A and a normaliser nobody can compute; so distil, by plain regression, a score c in which the
-normaliser does not matter:
+KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A), to first order in beta. Its log
+differs from log pi_old by psi A and a normaliser nobody can compute; so distil, by plain regression, a score c
+in which the normaliser does not matter:
 
     loss = mean over rows and mask pairs of (c_theta - c_old - psi A)^2 + beta (c_theta - c_ref)^2
     c    = mean over the tokens of the completion of the read-out of the token, each scored where it is hidden
@@ -24,6 +24,7 @@ python gdsd.py --match tlc             centred raw logits
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,7 +91,7 @@ def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
 def centred_logit(logits: Tensor, token: Tensor) -> Tensor:
     """(M, V) logits and (M, g) tokens to logit[token] - mean of the position's logits, the mask token left
     out."""
-    kept = logits.isfinite()
+    kept = logits > -torch.inf
     mean = logits.masked_fill(~kept, 0.0).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
     return logits.gather(1, token) - mean
 
@@ -184,9 +185,10 @@ def train(args: Args) -> float:
                     run.counters["nfe_update"] += 2 * len(part)
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
-        # 6 log: how far the last pass found c from c_old, against where it should go
+        # 6 log: how far c is from c_old, as the last pass found it before its own steps, against its target
         move, target = c_new - c_old, args.psi * adv
-        run.counters["drift"] = run.counters.get("drift", 0.0) + move.mean().item()  # targets average to zero
+        drift = move.nanmean().item()  # targets average to zero
+        run.counters["drift"] = run.counters.get("drift", 0.0) + (drift if math.isfinite(drift) else 0.0)
         if abs(run.counters["drift"]) > DRIFT:
             tqdm.write(f"update {run.step + 1}: c has drifted by {run.counters['drift']:.1f}, and no reward "
                        "asked for it: lower --lr or --passes, or set --beta")
