@@ -1,8 +1,8 @@
 """GDSD and GDSD-TLC: guided denoiser self-distillation (arXiv 2605.29398).
 
-KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A), to first order in beta. Its log
-differs from log pi_old by psi A and a normaliser nobody can compute; so distil, by plain regression, a score c
-in which the normaliser does not matter:
+KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A), to first order in beta. Its
+log differs from log pi_old by psi A and a normaliser nobody can compute; so distil, by plain regression, a
+score c in which the normaliser does not matter:
 
     loss = mean over rows and mask pairs of (c_theta - c_old - psi A)^2 + beta (c_theta - c_ref)^2
     c    = mean over the tokens of the completion of the read-out of the token, each scored where it is hidden
@@ -59,10 +59,10 @@ class Args:
     # </frozen>
     steps: int = 60  # rollouts, each with its updates
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
-    num_mc: int = 1  # mask pairs per row (paper: 2)
-    psi: float = 1.0  # psi, inverse temperature of the advantage (paper: 10)
+    num_mc: int = 2  # mask pairs per row (paper: 2)
+    psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10)
     beta: float = 0.0  # weight of the reference (paper: 1e-3); 0: no reference model
-    passes: int = 4  # mu, passes per rollout (paper: 8)
+    passes: int = 2  # mu, passes per rollout (paper: 8)
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)

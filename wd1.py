@@ -67,7 +67,7 @@ class Args:
     hide_prompt: float = 0.15  # share of prompt tokens hidden in wd1's canvas (paper: 0.15)
     passes: int = 8  # mu, passes per rollout, each with a new prompt mask (paper: 12; Sudoku 8; wd1++ 1)
     minibatches: int = 1  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 5e-5  # AdamW (paper: 3e-6)
+    lr: float = 3e-5  # AdamW (paper: 3e-6)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
 
