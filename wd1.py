@@ -59,7 +59,7 @@ class Args:
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     budget: int = 8448  # most tokens in one forward of an update
     # </frozen>
-    steps: int = 150  # rollouts, each with its updates
+    steps: int = 80  # rollouts, each with its updates
     plusplus: bool = False  # wd1++: score the denoising trajectory
     positive_only: bool = False  # drop w-, the push away from bad completions
     K: int = 8  # wd1++: denoising steps per row that stand for all S, drawn uniformly
