@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (AutoTokenizer, ModernBertForMaskedLM, PreTrainedConfig, PreTrainedModel,
@@ -115,14 +116,14 @@ def load_model(name: str, device: torch.device | str = "cpu") -> Denoiser:
         name = str(base_folder())
     if not (Path(name) / "config.json").is_file():
         refuse(f"unknown model {name!r}: use 'tiny' or a transformers folder (one with a config.json)")
-    kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")  # read, without running anybody's code
-    if kind != "modernbert":
-        refuse(f"{name} is a {kind!r} model; the models that can be loaded are: modernbert")
     try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")  # without running anybody's code
+        if kind != "modernbert":
+            refuse(f"{name} is a {kind!r} model; the models that can be loaded are: modernbert")
         tokenizer = AutoTokenizer.from_pretrained(name)
         network, report = ModernBertForMaskedLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         refuse(f"{name} cannot be loaded: {str(error).splitlines()[0]}")
     ids = (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if None in ids:
@@ -224,6 +225,7 @@ def denoise(
         order that has a probability.
     guess: also keep the greedy one-step completion of the state before each step (no extra forward).
     """
+    assert order in ("confidence", "top_prob", "random"), order
     assert not (threshold and order == "random"), "a random order has no probability to compare"
     (B, P), n, T = prompt.shape, L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
     S = L if threshold else S
@@ -343,7 +345,7 @@ def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
 def load_task(args, model: Denoiser) -> Task:
     """The task of the command line. Refuses prompts that do not fit the model: nothing is ever cut."""
     task = TASKS[args.task]()
-    P = max(len(model.tokenizer(row["prompt"])["input_ids"]) for row in task.train + task.test)
+    P = encode(model, [row["prompt"] for row in task.train + task.test])[0].shape[1]
     room = model.network.config.max_position_embeddings
     if P + args.L > room:
         refuse(f"the longest prompt has {P} tokens, --L is {args.L}: {args.model} reads {room} at most")
@@ -391,8 +393,7 @@ def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, float], G: i
 
 
 def parse_args(Args: type, method: str):
-    """The command line as an Args. With --resume RUN the run's own settings are the defaults, and few may
-    change."""
+    """The command line as an Args; with --resume RUN its own settings are the defaults, and few may change."""
     args = tyro.cli(Args)
     if not args.resume:
         return check(args, method)
@@ -448,8 +449,7 @@ def pick_device() -> torch.device:
 
 
 def draw_prompts(args, count: int, step: int) -> list[int]:
-    """Indices of the training prompts of update `step`: each epoch is one permutation, no prompt twice in an
-    update."""
+    """Training prompts of update `step`: each epoch is one permutation, no prompt twice in an update."""
     epoch, batch = divmod(step, count // args.prompts)
     order = torch.randperm(count, generator=generator("cpu", args.seed, "prompts", epoch))
     return order[batch * args.prompts : (batch + 1) * args.prompts].tolist()

@@ -47,7 +47,7 @@ class Settings:
 def tiny_model(layers: int, width: int, seed: int = 0) -> Denoiser:
     """An untrained ModernBERT with a character tokenizer: digits, "=" and three special tokens."""
     vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[MASK]", "=", *"0123456789"])}
-    characters = Tokenizer(models.WordLevel(vocab, unk_token="[PAD]"))
+    characters = Tokenizer(models.WordLevel(vocab))  # no unknown token: another character raises
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
     special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
@@ -114,7 +114,7 @@ def base_folder(settings: Settings | None = None) -> Path:
     result is kept."""
     settings = settings or Settings()
     key = hashlib.sha256(json.dumps(dataclasses.asdict(settings), sort_keys=True).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusion-rl"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-rl"
     folder = cache / f"tiny-sudoku-{key}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

@@ -197,6 +197,10 @@ def without(pattern: str):
     return edit
 
 
+def truncate(file: Path):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
 LLADA_CODE = {"AutoConfig": "configuration_llada.LLaDAConfig"}  # transformers asks whether to run this
 
 
@@ -212,6 +216,8 @@ LLADA_CODE = {"AutoConfig": "configuration_llada.LLaDAConfig"}  # transformers a
     (edit_weights(lambda tensors: tensors.update(extra=torch.ones(2))), "does not hold the weights"),
     (edit_config(intermediate_size=48), "does not hold the weights"),
     (edit_config(is_causal=True), "is causal"),
+    (lambda folder: (folder / "config.json").write_text("{half"), "cannot be loaded"),
+    (lambda folder: truncate(folder / "model.safetensors"), "cannot be loaded"),
 ])
 def test_load_model_refuses(edit, reason, folder, capsys, monkeypatch):
     """Exit status 2 and one line, ours; no traceback, no report by transformers before it."""
