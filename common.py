@@ -393,7 +393,7 @@ def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, float], G: i
 
 
 def parse_args(Args: type, method: str):
-    """The command line as an Args; with --resume RUN its own settings are the defaults, and few may change."""
+    """The command line as an Args; with --resume RUN its settings are the defaults, and few may change."""
     args = tyro.cli(Args)
     if not args.resume:
         return check(args, method)
