@@ -278,7 +278,7 @@ def test_every_setting_is_read():
 def test_written_commands_parse():
     """Every `python method.py ...` of the README and of the docstrings is a command line of today."""
     texts = [(ROOT / "README.md").read_text(), *(importlib.import_module(m).__doc__ for m in METHODS)]
-    command = r"python (\w+)\.py((?: --\w+(?: (?!-)[\w./]+)?)*)"
+    command = r"python (\w+)\.py((?: --\w+(?: (?!-)[\w./-]+)?)*)"
     commands = [found for text in texts for found in re.findall(command, text)]
     assert len(commands) > 10
     for name, flags in commands:
