@@ -505,7 +505,8 @@ class Run:
             self.out.mkdir(parents=True)
             (self.out / "metrics.jsonl").touch()
         settings = vars(args) | {"resume": "", "method": method, "commit": git_commit()}
-        (self.out / "args.json").write_text(json.dumps(settings, indent=1))
+        (self.out / "args.tmp").write_text(json.dumps(settings, indent=1))
+        os.replace(self.out / "args.tmp", self.out / "args.json")
         self.lapped = time.perf_counter()
         self.started = self.lapped - self.counters["seconds"]
         signal.signal(signal.SIGINT, self.interrupt)
@@ -635,8 +636,7 @@ def git_commit() -> str:
 
 
 def save_model(model: Denoiser, folder: Path):
-    """Write an ordinary transformers folder that load_model reads; an old one is replaced only by a complete
-    new one."""
+    """Write a transformers folder that load_model reads; only a complete new one replaces an old one."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     model.network.save_pretrained(fresh)

@@ -118,7 +118,7 @@ def policy_loss(
     logp: Tensor, logp_old: Tensor, adv: Tensor, eps_lo: float, eps_hi: float
 ) -> tuple[Tensor, Tensor]:
     """PPO-clipped loss of each (row, step) pair and whether the clip took its gradient away. All (M,)."""
-    ratio = (logp - logp_old).exp()  # 1 on the first pass
+    ratio = (logp - logp_old).exp()  # 1 until the first optimizer step on a rollout
     clipped = ratio.clamp(1 - eps_lo, 1 + eps_hi)
     gain = torch.min(ratio * adv, clipped * adv)  # pessimistic of the two
     return -gain, gain < ratio * adv  # minimise

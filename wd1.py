@@ -24,7 +24,7 @@ already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as
 for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1), its others beside them.
 
 python wd1.py                                                       4x4 Sudoku on 2 CPU cores
-python wd1.py --plusplus --passes 1 --minibatches 2 --lr 1e-4       wd1++
+python wd1.py --plusplus --K 4 --passes 1 --minibatches 2 --lr 1e-4       wd1++
 python wd1.py --positive_only                                       w+ alone: imitate the group's best
 """
 
