@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from conftest import Tabular
+from test_methods import launch, lines
 
 import egspo
-from common import Rollout, per_step, until_eos
+from common import Rollout, per_step, save_model, until_eos
+from pretrain import tiny_model
 
 V = 3
 
@@ -266,3 +268,21 @@ def test_k3_is_an_unbiased_estimate_of_the_kl():
     torch.testing.assert_close((p * egspo.k3(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
     assert (egspo.k3(p.log(), q.log()) >= 0).all()
     assert egspo.k3(p.log(), p.log()).abs().max() == 0
+
+
+def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(tmp_path, monkeypatch):
+    save_model(tiny_model(layers=1, width=32), tmp_path / "base")
+    seen, honest = [], egspo.step_logp
+
+    def spy(model, roll, s, temperature):
+        seen.extend((tuple(row.tolist()), step) for row, step in zip(roll.logp, s.tolist(), strict=True))
+        return honest(model, roll, s, temperature)
+
+    monkeypatch.setattr(egspo, "step_logp", spy)
+    shape = "--prompts 4 --G 2 --S 4 --minibatches 2 --steps 1".split()
+    for K in (2, 4):
+        seen.clear()
+        launch("egspo", "--model", tmp_path / "base", *shape, "--K", K, "--passes", 2, "--out", tmp_path / f"run{K}")
+        assert len(set(seen)) == 8 * K and all(seen.count(pair) == 2 for pair in set(seen))
+        update = lines(tmp_path / f"run{K}")[1]
+        assert update["nfe_update"] == 2 * 8 * K and update["nfe_rollout"] == 8 * 4
