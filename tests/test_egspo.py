@@ -279,10 +279,10 @@ def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(tmp_pat
         return honest(model, roll, s, temperature)
 
     monkeypatch.setattr(egspo, "step_logp", spy)
-    shape = "--prompts 4 --G 2 --S 4 --minibatches 2 --steps 1".split()
+    shape = ["--model", tmp_path / "base", *"--prompts 4 --G 2 --S 4 --minibatches 2 --steps 1".split()]
     for K in (2, 4):
         seen.clear()
-        launch("egspo", "--model", tmp_path / "base", *shape, "--K", K, "--passes", 2, "--out", tmp_path / f"run{K}")
+        launch("egspo", *shape, "--K", K, "--passes", 2, "--out", tmp_path / f"run{K}")
         assert len(set(seen)) == 8 * K and all(seen.count(pair) == 2 for pair in set(seen))
         update = lines(tmp_path / f"run{K}")[1]
         assert update["nfe_update"] == 2 * 8 * K and update["nfe_rollout"] == 8 * 4
