@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import common
 import gdsd
+import pretrain
 import tasks
 from common import Rollout, denoise, group_noise, log_prob, until_eos
 from gdsd import advantage, centred_logit, distillation_loss, mask_pairs, pair_score
@@ -553,3 +554,15 @@ def test_the_gradient_does_not_depend_on_the_budget(run, exact):
     for budget in (1, 120):
         for grad, expected in zip(gradients(2, budget), halves, strict=True):
             assert (grad - expected).norm() < 1e-12 * expected.norm()
+
+
+def test_drift_is_said(tmp_path, monkeypatch, capfd):
+    common.save_model(pretrain.tiny_model(layers=1, width=32), tmp_path / "base")
+    shape = "--prompts 2 --G 2 --S 4 --steps 2 --eval_threshold 0".split()
+    for limit, said in ((20.0, False), (0.0, True)):
+        monkeypatch.setattr(gdsd, "DRIFT", limit)
+        out = tmp_path / f"run{limit}"
+        launch("gdsd", "--model", tmp_path / "base", *shape, "--out", out)
+        assert ("c has drifted" in capfd.readouterr().out) == said
+        moves = [row["move_mean"] for row in lines(out) if "move_mean" in row]
+        assert abs(lines(out)[-2]["drift"] - sum(moves)) < 1e-6 and any(moves)
