@@ -61,8 +61,7 @@ def refuse(message: str):
 def generator(device: torch.device | str, *key) -> torch.Generator:
     """A private random generator that is a function of `key`, e.g. (seed, "rollout", update, prompt index).
 
-    Nothing else decides a draw, so no generator state has to be saved and the global generator is never
-    touched."""
+    Nothing else decides a draw: no generator state has to be saved, the global generator is never touched."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -139,8 +138,7 @@ def load_model(name: str, device: torch.device | str = "cpu") -> Denoiser:
 
 @torch.no_grad()
 def is_bidirectional(model: Denoiser) -> bool:
-    """Does changing the last token move the first prediction? (A causal mask fails silently, so it is
-    measured.)"""
+    """Does changing the last token move the first prediction? (Measured: a causal mask fails silently.)"""
     x = torch.full((2, 8), model.mask_id, device=model.device)
     x[1, -1] = model.eos_id
     h = model.hidden(x, None)[:, 1]  # position 1: a shifted model reads it at position 0
@@ -152,8 +150,7 @@ def is_bidirectional(model: Denoiser) -> bool:
 
 @dataclass
 class Rollout:
-    """B finished rows and how they came about. Index it with rows (slice, ids or bool) to get a smaller
-    one."""
+    """B finished rows and how they came about. Index it with rows (slice, ids, bool) for a smaller one."""
 
     prompt: Tensor  # (B, P) left-padded
     prompt_mask: Tensor  # (B, P) False = padding
@@ -173,8 +170,7 @@ class Rollout:
 
 
 def attention(prompt_mask: Tensor, L: int) -> Tensor | None:
-    """(B, P) to (B, P+L) for the network; None when nothing is padded, which lets it use its fastest
-    kernel."""
+    """(B, P) to (B, P+L) for the network; None when nothing is padded: its fastest kernel."""
     return None if prompt_mask.all() else torch.nn.functional.pad(prompt_mask, (0, L), value=True)
 
 
@@ -185,8 +181,7 @@ def until_eos(tokens: Tensor, eos_id: int) -> Tensor:
 
 
 def group_noise(gens: list[torch.Generator], B: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniform float64 noise (B, *shape): each group's from its own generator, for all its rows, finished or
-    not.
+    """Uniform float64 noise (B, *shape): each group's from its own generator, for all its rows.
 
     float64 because Gumbel noise made from bf16 or fp32 uniforms cuts the tail of the distribution off."""
     draw = (B // len(gens), *shape)
@@ -280,8 +275,7 @@ def denoise(
 
 
 def greedy_fill(model: Denoiser, x: Tensor, h: Tensor, chunk: int = 512) -> Tensor:
-    """Fill every hidden position of the completions x (R, L) with its most likely token, given hidden states
-    h (R, L, d).
+    """Fill each hidden position of x (R, L) with its most likely token, given hidden states h (R, L, d).
 
     The head runs on `chunk` positions at a time, so that a real vocabulary never makes (R, L, V) logits."""
     hidden = x == model.mask_id
@@ -334,8 +328,7 @@ def micro_batches(items: Tensor, tokens_each: int, budget: int) -> Iterator[Tens
 
 
 def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
-    """Sum per-token values (B, L) over the tokens each step revealed: (B, S). The tail (step = S) is left
-    out."""
+    """Sum per-token values (B, L) over the tokens each step revealed: (B, S). The tail (step = S) is out."""
     return values.new_zeros(len(values), S + 1).scatter_add(1, step, values)[:, :S]
 
 
@@ -649,8 +642,7 @@ def save_model(model: Denoiser, folder: Path):
 
 
 def print_report(task: Task, args, columns: dict[str, dict[str, float]], texts: list[str]):
-    """The table of held-out results, then three solved and three failed rows as a person would want to see
-    them."""
+    """The table of held-out results, then three solved and three failed rows, drawn."""
     n = len(texts)
     print(f"\n{n} held-out rows, greedy: L {args.L}, S {args.S}, block {args.block}, order top_prob")
     print(" " * 26 + "".join(f"{name:>10}" for name in columns))

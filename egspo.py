@@ -90,15 +90,13 @@ def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, T
 
 
 def stepwise_return(reward: Tensor, guess_reward: Tensor, lam: float) -> Tensor:
-    """(B,) rewards and (B, K) rewards of the one-step guesses to returns (B, K): credit for improving on the
-    guess."""
+    """(B,) rewards, (B, K) rewards of the guesses to returns (B, K): credit for improving on the guess."""
     reward = reward[:, None]
     return (reward + lam * (reward - guess_reward)) / (1 + lam)
 
 
 def advantage(ret: Tensor, kept: Tensor, G: int) -> Tensor:
-    """Returns (B, K) minus the mean of the group at the same rank; 0 where not kept and where a whole group
-    is equal."""
+    """Returns (B, K) minus the group's mean at the same rank; 0 where not kept or a whole group is equal."""
     ret, kept = ret.view(-1, G, ret.shape[1]), kept.view(-1, G, ret.shape[1])  # (prompts, G, K)
     mean = (ret * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
     highest = ret.masked_fill(~kept, -torch.inf).amax(1, keepdim=True)
@@ -108,8 +106,7 @@ def advantage(ret: Tensor, kept: Tensor, G: int) -> Tensor:
 
 
 def step_logp(model: Denoiser, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
-    """l(b, s): log-probability of what step s (B,) revealed, on the canvas the sampler saw before it. (B,),
-    one forward."""
+    """l(b, s) (B,): log p of what step s (B,) revealed, on the canvas the sampler saw. One forward."""
     hidden, revealed = roll.step >= s[:, None], roll.step == s[:, None]
     return score(model, canvas(roll, hidden), roll.prompt_mask, roll.completion, revealed, temperature).sum(1)
 

@@ -79,8 +79,8 @@ def advantage(reward: Tensor, G: int) -> Tensor:
 def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
     """Random masks and their complements among the valid positions: hidden (B, pairs, 2, L).
 
-    The number hidden is uniform on 0 .. n_valid. The tail behind the EOS is hidden in both. noise (B, pairs,
-    L + 1)."""
+    The number hidden is uniform on 0 .. n_valid. The tail behind the EOS is hidden in both.
+    noise: (B, pairs, L + 1)."""
     n_valid = valid.sum(1)[:, None, None]
     count = (noise[..., :1] * (n_valid + 1)).long()  # (B, pairs, 1)
     rank = noise[..., 1:].masked_fill(~valid[:, None], torch.inf).argsort(dim=2).argsort(dim=2)
@@ -89,8 +89,7 @@ def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
 
 
 def centred_logit(logits: Tensor, token: Tensor) -> Tensor:
-    """(M, V) logits and (M, g) tokens to logit[token] - mean of the position's logits, the mask token left
-    out."""
+    """(M, V) logits, (M, g) tokens to logit[token] - the position's mean logit, without the mask token."""
     kept = logits > -torch.inf
     mean = logits.masked_fill(~kept, 0.0).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
     return logits.gather(1, token) - mean
@@ -101,8 +100,7 @@ READ = {"logp": log_prob, "tlc": centred_logit}
 
 
 def pair_score(model: Denoiser, roll: Rollout, hidden: Tensor, match: str, temperature: float) -> Tensor:
-    """c (M,) of rows `roll` under one mask pair each, hidden (M, 2, L): the mean read-out of the valid
-    tokens."""
+    """c (M,) of rows `roll`, each under a mask pair, hidden (M, 2, L): mean read-out of the valid tokens."""
     both = torch.arange(len(hidden), device=hidden.device).repeat_interleave(2)
     rows, hidden = roll[both], hidden.flatten(0, 1)  # a mask and its complement, adjacent: 2 M canvases
     where = hidden & rows.valid

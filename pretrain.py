@@ -64,8 +64,7 @@ def tiny_model(layers: int, width: int, seed: int = 0) -> Denoiser:
 
 
 def demonstrations(grids: np.ndarray, count: int, sloppy: float, rng: np.random.Generator):
-    """(puzzles, answers), each (count, 16): an answer is the solution, or with probability `sloppy` a
-    careless one."""
+    """(puzzles, answers), each (count, 16): the solution, or with probability `sloppy` a careless answer."""
     puzzles, answers = sudoku_puzzles(grids, count, rng)
     blank = (puzzles == 0).reshape(-1, 4, 4)
     place = (~blank).argsort(2, kind="stable")  # the blanks of each row first, in order
@@ -110,8 +109,7 @@ def train(settings: Settings) -> Denoiser:
 
 
 def base_folder(settings: Settings | None = None) -> Path:
-    """The cached base with these settings, built if it is missing. Two processes may build at once: one
-    result is kept."""
+    """The cached base with these settings, built if missing. Of two processes at once one result is kept."""
     settings = settings or Settings()
     key = hashlib.sha256(json.dumps(dataclasses.asdict(settings), sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-rl"

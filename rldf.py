@@ -76,8 +76,7 @@ class Args:
 
 
 def step_surprise(roll: Rollout) -> tuple[Tensor, Tensor]:
-    """w (B, S): mean -log p of the valid tokens each step revealed; candidates (B, S): steps that revealed
-    any."""
+    """w (B, S): mean -log p of the valid tokens each step revealed; candidates (B, S): did it reveal any?"""
     count = per_step(roll.valid.to(roll.logp), roll.step, roll.S)
     return -per_step(roll.logp * roll.valid, roll.step, roll.S) / count.clamp(min=1), count > 0
 
@@ -102,8 +101,7 @@ def canvas_logp(model: Denoiser, roll: Rollout, hidden: Tensor, temperature: flo
 
 
 def clean_state_mask(p: Tensor, hidden: Tensor, valid: Tensor, revealed: Tensor, p_min: float) -> Tensor:
-    """m: which hidden valid tokens are scored: those the model is confident of, and those revealed at s. (M,
-    L)."""
+    """m (M, L): the hidden valid tokens that are scored, confident ones and those revealed at s."""
     return hidden & valid & ((p >= p_min) | revealed)
 
 

@@ -15,8 +15,7 @@ import numpy as np
 
 @dataclass
 class Task:
-    """Prompts and the reward of what is answered. `correct` and `parse_fail` are always among the reward's
-    parts."""
+    """Prompts and the reward of what is answered; its parts always have `correct` and `parse_fail`."""
 
     train: list[dict]  # each row has "prompt" and whatever the reward reads
     test: list[dict]  # held out
@@ -36,15 +35,13 @@ def sudoku_grids() -> np.ndarray:
 
 
 def sudoku_split() -> tuple[np.ndarray, np.ndarray]:
-    """Solution grids for training (228) and held out (60): no test board shares its solution with a training
-    board."""
+    """Solution grids for training (228) and held out (60): no board shares its solution across."""
     grids = sudoku_grids()[np.random.default_rng(0).permutation(288)]
     return grids[:228], grids[228:]
 
 
 def sudoku_puzzles(grids: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw (puzzles, solutions), each (count, 16), 6 to 10 blanks written 0, each puzzle with exactly one
-    solution."""
+    """Draw (puzzles, solutions), each (count, 16), 6 to 10 blanks written 0, exactly one solution each."""
     everything, puzzles, solutions = sudoku_grids(), [], []
     while sum(map(len, puzzles)) < count:
         solution = grids[rng.integers(len(grids), size=256)]

@@ -81,16 +81,14 @@ def group_weights(reward: Tensor, member: Tensor, psi: float, positive_only: boo
 
 
 def draw_steps(roll: Rollout, K: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """K of the steps each row took, uniformly by noise (B, S): steps (B, K); False (B, K) where it took
-    fewer."""
+    """K of the steps each row took, uniformly by noise (B, S): steps (B, K), taken (B, K)."""
     taken = per_step(torch.ones_like(roll.logp), roll.step, roll.S) > 0  # (B, S)
     steps = noise.masked_fill(~taken, -1.0).topk(K).indices
     return steps, taken.gather(1, steps)
 
 
 def clean_predictions(roll: Rollout, steps: Tensor) -> Tensor:
-    """y (B, K, L): the greedy completion of the canvas before each step; for a row's last step, the finished
-    row."""
+    """y (B, K, L): greedy completion of the canvas before each step; for the last step, the finished row."""
     last = roll.step.masked_fill(roll.step == roll.S, -1).amax(1, keepdim=True)  # (B, 1)
     guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, roll.guess.shape[2]))
     return torch.where((steps == last)[..., None], roll.completion[:, None], guess)
@@ -116,8 +114,7 @@ def one_step_logp(model: Denoiser, prompt: Tensor, prompt_mask: Tensor, completi
 
 
 def trajectory_logp(model: Denoiser, x: Tensor, prompt_mask: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """(1 / l_s) sum over tokens hidden in the canvas x (M, P+L) and valid in its completion y (M, L): (M,);
-    Eq. 10."""
+    """(1 / l_s) sum over tokens hidden in canvas x (M, P+L) and valid in y (M, L): (M,); Eq. 10."""
     hidden = x[:, -y.shape[1]:] == model.mask_id
     logp = score(model, x, prompt_mask, y, hidden & until_eos(y, model.eos_id), temperature)
     return logp.sum(1) / hidden.float().mean(1)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import pretrain  # noqa: E402
+import tasks  # noqa: E402
 
 TEXTS = ["310220000=", "4=", "01400="]  # prompts of three lengths
 
@@ -67,3 +68,13 @@ class Tabular:
 
     def head(self, h):
         return h.index_fill(-1, torch.tensor(self.mask_id), -torch.inf)
+
+
+def toy_task(texts=("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901=")) -> tasks.Task:
+    """Prompts of several lengths; a reward that has no meaning but a value for every text."""
+    rows = [{"prompt": text} for text in texts]
+
+    def reward(text: str, row: dict):
+        return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
+
+    return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])

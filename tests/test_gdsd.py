@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Tabular, generators, padded_prompts, sharp_model
+from conftest import Tabular, generators, padded_prompts, sharp_model, toy_task
 from test_methods import launch, lines
 from torch.nn.functional import cross_entropy
 
@@ -389,21 +389,11 @@ def test_the_released_clamp_stops_after_the_first_pass():
 # ---------------------------------------------------------------------------------------- whole runs
 
 
-def toy_task() -> tasks.Task:
-    """Prompts of three lengths; a reward that has no meaning but a value for every text."""
-    rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7=")]
-
-    def reward(text: str, row: dict):
-        return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
-
-    return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])
-
-
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Launch a small run from the sharp model; returns the metrics of its updates."""
     common.save_model(sharp_model(), tmp_path / "model")
-    monkeypatch.setitem(tasks.TASKS, "toy", toy_task)
+    monkeypatch.setitem(tasks.TASKS, "toy", lambda: toy_task(("1=", "23=", "456=", "7=")))
     monkeypatch.setattr(common, "plot", lambda *_: None)  # it would take half of the time
     number = itertools.count()
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import generators, padded_prompts, sharp_model
+from conftest import generators, padded_prompts, sharp_model, toy_task
 from test_methods import launch
 
 import common
@@ -302,16 +302,6 @@ def test_k3_estimates_the_kl_to_the_reference():
 
 
 # ---------------------------------------------------------------------------------------- whole updates
-
-
-def toy_task() -> tasks.Task:
-    """Prompts of four lengths; a reward that has no meaning but a value for every text."""
-    rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901=")]
-
-    def reward(text: str, row: dict):
-        return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
-
-    return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])
 
 
 def equal_rewards() -> tasks.Task:

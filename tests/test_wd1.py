@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model
+from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model, toy_task
 from test_methods import launch
 
 import common
@@ -388,16 +388,6 @@ def test_plusplus_with_one_step_is_wd1_with_the_whole_prompt_shown(in_float64):
 
 
 # ---------------------------------------------------------------------------------------- whole runs
-
-
-def toy_task() -> tasks.Task:
-    """Prompts of four lengths; a reward that has no meaning but a value for every text."""
-    rows = [{"prompt": text} for text in ("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901=")]
-
-    def reward(text: str, row: dict):
-        return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
-
-    return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])
 
 
 def record(monkeypatch, name: str) -> list:
