@@ -1,7 +1,8 @@
-"""What the four methods share: model, sampler, scoring, evaluation, run plumbing. (Tasks are in tasks.py.)
+"""What the four methods share: sampler, scoring, prompts and rewards, evaluation, runs.
 
 Everything two papers could disagree about is in the method's own file. Here is what must be equal for a
-comparison to be fair: 1 legend, 2 model, 3 sampler, 4 scoring, 5 prompts and rewards, 6 runs.
+comparison to be fair: 1 legend, 2 sampler, 3 scoring, 4 prompts and rewards, 5 runs. The model itself (a
+network with its special tokens, from a checkpoint) is in models.py, the tasks are in tasks.py.
 
 1 LEGEND
     B rows of a batch = prompts * G, the rows of one prompt adjacent    G samples (a group) per prompt
@@ -28,34 +29,25 @@ import json
 import math
 import os
 import platform
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoTokenizer, ModernBertForMaskedLM, PreTrainedConfig, PreTrainedModel,
-                          PreTrainedTokenizerBase)
-from transformers.utils import logging as transformers_logging
 
-from tasks import TASKS, Task
-
-transformers_logging.disable_progress_bar()  # one bar at a time: ours
-transformers_logging.set_verbosity_error()  # what it would warn of, load_model refuses
-
-
-def refuse(message: str):
-    """Wrong input: one line that says what is allowed, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+import tasks
+from models import LOGITS, Denoiser, refuse, save_model
+from tasks import Task
 
 
 def generator(device: torch.device | str, *key) -> torch.Generator:
@@ -66,86 +58,7 @@ def generator(device: torch.device | str, *key) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-# ---------------------------------------------------------------------------------------------------- 2 model
-
-
-@dataclass
-class Denoiser:
-    """A bidirectional network that predicts every masked token at once, and the ids a sampler needs."""
-
-    network: PreTrainedModel  # a stock transformers class, always in eval mode: no dropout
-    tokenizer: PreTrainedTokenizerBase
-    mask_id: int
-    eos_id: int
-    pad_id: int
-    shift: bool  # True (Dream): the prediction for position i sits at position i - 1
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
-    def autocast(self):
-        """bf16 matrix products on CUDA over fp32 weights; plain fp32 on a CPU."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
-
-    def hidden(self, x: Tensor, attn: Tensor | None) -> Tensor:
-        """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""
-        positions = None
-        if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
-            positions = (attn.cumsum(1) - 1).clamp(min=0)
-        with self.autocast():
-            h = self.network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
-        return torch.cat([h[:, :1], h[:, :-1]], 1) if self.shift else h
-
-    def head(self, h: Tensor) -> Tensor:
-        """Hidden states (..., d) to logits (..., V) in at least fp32, the mask token excluded (-inf)."""
-        with self.autocast():
-            z = self.network.decoder(self.network.head(h))
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return z.index_fill(-1, torch.tensor(self.mask_id, device=z.device), -math.inf)
-
-
-def load_model(name: str, device: torch.device | str = "cpu") -> Denoiser:
-    """Load "tiny" (built by pretrain.py on first use) or a transformers folder in ModernBERT-chat's layout.
-
-    Refuses (exit 2) a folder that is no such model, has no mask token or is causal."""
-    if name == "tiny":
-        from pretrain import base_folder  # here, because pretrain.py itself is built on this file
-
-        name = str(base_folder())
-    if not (Path(name) / "config.json").is_file():
-        refuse(f"unknown model {name!r}: use 'tiny' or a transformers folder (one with a config.json)")
-    try:
-        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")  # without running anybody's code
-        if kind != "modernbert":
-            refuse(f"{name} is a {kind!r} model; the models that can be loaded are: modernbert")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        network, report = ModernBertForMaskedLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        refuse(f"{name} cannot be loaded: {str(error).splitlines()[0]}")
-    ids = (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if None in ids:
-        refuse(f"{name} needs a mask, an eos and a pad token; it has {tokenizer.special_tokens_map}")
-    wrong = {k: v for k, v in report.items() if v}
-    if wrong:  # a missing key would be random weights, with no more than a log line
-        refuse(f"{name} does not hold the weights of its config.json: {wrong}")
-    model = Denoiser(network.eval().to(device), tokenizer, *ids, shift=False)
-    if not is_bidirectional(model):
-        refuse(f"{name} is causal: a masked position does not see the tokens after it")
-    return model
-
-
-@torch.no_grad()
-def is_bidirectional(model: Denoiser) -> bool:
-    """Does changing the last token move the first prediction? (Measured: a causal mask fails silently.)"""
-    x = torch.full((2, 8), model.mask_id, device=model.device)
-    x[1, -1] = model.eos_id
-    h = model.hidden(x, None)[:, 1]  # position 1: a shifted model reads it at position 0
-    return not torch.equal(h[0], h[1])
-
-
-# -------------------------------------------------------------------------------------------------- 3 sampler
+# -------------------------------------------------------------------------------------------------- 2 sampler
 
 
 @dataclass
@@ -168,15 +81,30 @@ class Rollout:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Rollout(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in fields.items()})
 
+    @staticmethod
+    def join(parts: list["Rollout"]) -> "Rollout":
+        """The rows of all parts, which were denoised alike."""
+        fields = {}
+        for f in dataclasses.fields(Rollout):
+            values = [getattr(part, f.name) for part in parts]
+            fields[f.name] = torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+        return Rollout(**fields | {"nfe": sum(part.nfe for part in parts)})
+
+
+def trim(x: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the columns that are padding in every row: the group of one prompt then needs no mask at all."""
+    start = int((prompt_mask.any(0).cumsum(0) == 0).sum())
+    return x[:, start:], prompt_mask[:, start:]
+
 
 def attention(prompt_mask: Tensor, L: int) -> Tensor | None:
     """(B, P) to (B, P+L) for the network; None when nothing is padded: its fastest kernel."""
     return None if prompt_mask.all() else torch.nn.functional.pad(prompt_mask, (0, L), value=True)
 
 
-def until_eos(tokens: Tensor, eos_id: int) -> Tensor:
-    """(..., L) tokens to `valid`: True up to and including the first EOS."""
-    eos = (tokens == eos_id).long()
+def until_eos(tokens: Tensor, end_ids: tuple[int, ...]) -> Tensor:
+    """(..., L) tokens to `valid`: True up to and including the first EOS, that is, any of end_ids."""
+    eos = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device)).long()
     return eos.cumsum(-1) - eos == 0
 
 
@@ -202,6 +130,7 @@ def denoise(
     order: str = "top_prob",
     threshold: float | None = None,
     guess: bool = False,
+    budget: int | None = None,
 ) -> Rollout:
     """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), block by block, left to right.
 
@@ -219,12 +148,25 @@ def denoise(
         2505.22618), instead of n. Rows then take from L / block to L steps, and S is taken to be L. Needs an
         order that has a probability.
     guess: also keep the greedy one-step completion of the state before each step (no extra forward).
+    budget: most tokens in one forward; more rows are denoised in parts, each of at least one whole group.
     """
     assert order in ("confidence", "top_prob", "random"), order
     assert not (threshold and order == "random"), "a random order has no probability to compare"
-    (B, P), n, T = prompt.shape, L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
+    B, G = len(prompt), len(prompt) // (len(gens) or len(prompt))
+    each = max(1, budget // (G * (prompt.shape[1] + L))) if budget else B  # groups in a part
+    if each * G < B:
+        parts = []
+        for g in tqdm(range(0, B // G, each), desc="denoising", unit="part", leave=False):
+            part = slice(g * G, (g + each) * G)
+            parts.append(denoise(
+                model, prompt[part], prompt_mask[part], gens[g : g + each], L=L, S=S, block=block,
+                temperature=temperature, order=order, threshold=threshold, guess=guess))
+        return Rollout.join(parts)
+    n, T = L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
     S = L if threshold else S
-    attn = attention(prompt_mask, L)
+    shown, shown_mask = trim(prompt, prompt_mask)  # what the network sees of the prompt
+    P, attn = shown.shape[1], attention(shown_mask, L)
+    ends = torch.tensor(model.end_ids, device=prompt.device)
     x = torch.full((B, L), model.mask_id, device=prompt.device)
     step = torch.full_like(x, S)
     logp = torch.zeros(B, L, dtype=torch.float64, device=x.device)
@@ -237,16 +179,17 @@ def denoise(
         if len(rows) == 0:
             break
         nfe += len(rows)
-        canvas_rows = torch.cat([prompt[rows], x[rows]], 1)
+        canvas_rows = torch.cat([shown[rows], x[rows]], 1)
         h = model.hidden(canvas_rows, None if attn is None else attn[rows])[:, P:]  # (R, L, d)
         if guess:
             guesses[rows, s] = greedy_fill(model, x[rows], h)
         cols = first[rows, None] + torch.arange(block, device=x.device)  # (R, block)
         logits = model.head(h.gather(1, cols[..., None].expand(-1, -1, h.shape[-1])))  # (R, block, V)
-        logprobs = (logits.double() / T).log_softmax(-1)
+        logprobs = logits.double().div_(T).log_softmax(-1)
         scores = logprobs
         if temperature:  # Gumbel-max: the argmax of log p + Gumbel noise is a sample from p
-            scores = logprobs - (-group_noise(gens, B, logits.shape[1:])[rows].log()).log()
+            noise = group_noise(gens, B, logits.shape[1:])[rows].log_().neg_().log_()  # minus Gumbel
+            scores = noise.neg_().add_(logprobs)
         token = scores.argmax(-1)  # (R, block)
         token_logp = logprobs.gather(-1, token[..., None])[..., 0]
         if order == "random":
@@ -261,30 +204,31 @@ def denoise(
             reveal = hidden & ((confidence >= math.log(threshold)) | (rank == 0))
         at = rows[:, None].expand_as(cols)[reveal], cols[reveal]
         x[at], step[at], logp[at] = token[reveal], s, token_logp[reveal]
-        entropy[at] = torch.special.entr(logprobs.exp()).sum(-1)[reveal]  # entr(0) = 0
+        entropy[at] = torch.special.entr(logprobs[reveal].exp()).sum(-1)  # entr(0) = 0
         block_done = ~(hidden & ~reveal).any(1)
         first[rows] += block * block_done
-        done = block_done & ((first[rows] == L) | (x[rows] == model.eos_id).any(1))
+        done = block_done & ((first[rows] == L) | torch.isin(x[rows], ends).any(1))
         rows = rows[~done]
     x = x.masked_fill(x == model.mask_id, model.eos_id)  # only rows that ended early have masks left
     if guess:  # before a step it never took, a row was complete
         guesses = torch.where(guesses < 0, x[:, None], guesses)
     recorded = logits.dtype
     return Rollout(prompt, prompt_mask, x, step, logp.to(recorded), entropy.to(recorded),
-                   until_eos(x, model.eos_id), guesses, model.mask_id, S, nfe)
+                   until_eos(x, model.end_ids), guesses, model.mask_id, S, nfe)
 
 
-def greedy_fill(model: Denoiser, x: Tensor, h: Tensor, chunk: int = 512) -> Tensor:
+def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
     """Fill each hidden position of x (R, L) with its most likely token, given hidden states h (R, L, d).
 
-    The head runs on `chunk` positions at a time, so that a real vocabulary never makes (R, L, V) logits."""
+    The head runs in parts, so that a real vocabulary never makes (R, L, V) logits."""
     hidden = x == model.mask_id
     filled = x.clone()
-    filled[hidden] = torch.cat([model.head(part).argmax(-1) for part in h[hidden].split(chunk)])
+    parts = h[hidden].split(max(1, LOGITS // model.V))
+    filled[hidden] = torch.cat([model.head(part).argmax(-1) for part in parts])
     return filled
 
 
-# -------------------------------------------------------------------------------------------------- 4 scoring
+# -------------------------------------------------------------------------------------------------- 3 scoring
 
 
 def canvas(rollout: Rollout, hidden: Tensor) -> Tensor:
@@ -306,13 +250,22 @@ def score(
     """log p(target | canvas) at the positions `where` (B, L), 0 elsewhere; one forward of B rows.
 
     x: (B, P+L) canvas. target: (B, L), or (B, G, L) if one canvas serves a whole group; the result alike.
-    The distribution is the sampler's: same temperature, no mask token. The head runs at `where` alone.
+    The distribution is the sampler's: same temperature, no mask token. The head runs at `where` alone, and in
+    parts whose logits backward computes again, so that (M, V) of a real vocabulary never live at once.
     read: a function of (logits, token) like log_prob, in its place."""
     L = target.shape[-1]
-    h = model.hidden(x, attention(prompt_mask, L))[:, -L:]
-    logits = model.head(h[where]) / (temperature or 1.0)  # (M, V), M = where.sum()
+    x, prompt_mask = trim(x, prompt_mask)
+    h = model.hidden(x, attention(prompt_mask, L))[:, -L:][where]  # (M, d), M = where.sum()
     token = target.movedim(-1, 1)[where]  # (M,) or (M, G)
-    found = read(logits, token[:, None].flatten(1)).view(token.shape)
+
+    def found_part(h: Tensor, token: Tensor) -> Tensor:
+        return read(model.head(h).div_(temperature or 1.0), token[:, None].flatten(1)).view(token.shape)
+
+    size = max(1, LOGITS // model.V)
+    again = dict(use_reentrant=False, preserve_rng_state=False)
+    found = torch.cat([
+        checkpoint(found_part, *part, **again) if len(h) > size else found_part(*part)
+        for part in zip(h.split(size), token.split(size), strict=True)])
     out = found.new_zeros(where.shape + token.shape[1:])  # (B, L) or (B, L, G)
     out[where] = found
     return out.movedim(1, -1)
@@ -332,24 +285,42 @@ def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
     return values.new_zeros(len(values), S + 1).scatter_add(1, step, values)[:, :S]
 
 
-# -------------------------------------------------------------------------------------- 5 prompts and rewards
+# -------------------------------------------------------------------------------------- 4 prompts and rewards
 
 
 def load_task(args, model: Denoiser) -> Task:
-    """The task of the command line. Refuses prompts that do not fit the model: nothing is ever cut."""
-    task = TASKS[args.task]()
-    P = encode(model, [row["prompt"] for row in task.train + task.test])[0].shape[1]
+    """The task of the command line, its prompts as the model was trained to be asked, in training and in
+    evaluation alike. Refuses prompts that do not fit the model: nothing is ever cut."""
+    try:
+        task = tasks.load(args.task, chat=model.tokenizer.chat_template is not None, data=args.data,
+                          test_data=args.test_data, train=not args.eval_only)
+    except ValueError as error:
+        refuse(str(error))
+    task.test = task.test[: args.eval_rows]
+    rows = task.train + task.test
+    if task.chat:
+        for row in rows:
+            row["prompt"] = chat_prompt(model, row["prompt"])
+    ids = model.tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
+    P = max(map(len, ids))
     room = model.network.config.max_position_embeddings
     if P + args.L > room:
         refuse(f"the longest prompt has {P} tokens, --L is {args.L}: {args.model} reads {room} at most")
-    if args.prompts > len(task.train):
+    if args.prompts > len(task.train) and not args.eval_only:
         refuse(f"--prompts {args.prompts}: {args.task} has only {len(task.train)} training prompts")
     return task
 
 
+def chat_prompt(model: Denoiser, message: str) -> str:
+    """A user's message in the model's own chat template, up to where the answer begins."""
+    messages = [{"role": "user", "content": message}]
+    return model.tokenizer.apply_chat_template(  # enable_thinking: Qwen3's; other templates do not read it
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
 def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Prompts to left-padded ids (B, P) and their mask (B, P), False = padding. Nothing is ever cut."""
-    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
     P = max(map(len, ids))
     tokens = torch.tensor([[model.pad_id] * (P - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[False] * (P - len(row)) + [True] * len(row) for row in ids], device=model.device)
@@ -358,22 +329,26 @@ def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def reward_rows(
     model: Denoiser, task: Task, tokens: Tensor, rows: list[dict]
-) -> tuple[Tensor, dict[str, float], list[str]]:
-    """Rewards (B,), the mean of each part, and the texts, of completions (B, L) that answer `rows`."""
-    valid = until_eos(tokens, model.eos_id).tolist()
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`."""
+    valid = until_eos(tokens, model.end_ids).tolist()
     ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    scored = [task.reward(text, row) for text, row in zip(texts, rows, strict=True)]
-    parts = {k: sum(p[k] for _, p in scored) / len(scored) for k in scored[0][1]}
+    if task.parallel:  # the reward waits for other processes
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            scored = list(pool.map(task.reward, texts, rows))
+    else:
+        scored = [task.reward(text, row) for text, row in zip(texts, rows, strict=True)]
+    parts = {k: torch.tensor([p[k] for _, p in scored]) for k in scored[0][1]}
     return torch.tensor([total for total, _ in scored], device=tokens.device), parts, texts
 
 
-def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, float], G: int, seconds: float) -> dict:
+def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: int, seconds: float) -> dict:
     """What every method logs of a rollout; seconds: what the rollout took."""
     groups = reward.view(-1, G)
     return {
         "reward": reward.mean().item(),
-        **{f"reward_{name}": value for name, value in parts.items()},
+        **{f"reward_{name}": values.mean().item() for name, values in parts.items()},
         "equal_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
         "entropy": roll.entropy[roll.valid].mean().item(),
         "length": roll.valid.sum(1).float().mean().item(),
@@ -382,14 +357,15 @@ def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, float], G: i
     }
 
 
-# ----------------------------------------------------------------------------------------------------- 6 runs
+# ----------------------------------------------------------------------------------------------------- 5 runs
 
 
-def parse_args(Args: type, method: str):
-    """The command line as an Args; with --resume RUN its settings are the defaults, and few may change."""
+def parse_args(Args: type, method: str, llm: dict):
+    """The command line as an Args. With a --model that reads words the settings `llm` are the defaults; with
+    --resume RUN its settings are, and few may change."""
     args = tyro.cli(Args)
     if not args.resume:
-        return check(args, method)
+        return check(args if reads_characters(args.model) else tyro.cli(Args, default=Args(**llm)), method)
     file = Path(args.resume) / "args.json"
     if not file.is_file() or not (Path(args.resume) / "state.pt").is_file():
         refuse(f"{args.resume} holds no checkpoint to resume (no args.json and state.pt)")
@@ -399,18 +375,26 @@ def parse_args(Args: type, method: str):
     saved.pop("commit")
     before = Args(**saved | {"resume": args.resume, "eval_only": args.eval_only})
     args = tyro.cli(Args, default=before)
-    free = {"steps", "eval_every", "eval_threshold", "save_every", "budget", "resume", "eval_only"}
+    free = {"steps", "eval_every", "eval_threshold", "eval_rows", "save_every", "budget",
+            "gradient_checkpointing", "resume", "eval_only"}
     changed = [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]
     if changed:
         refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(free))}")
     return check(args, method)
 
 
+def reads_characters(name: str) -> bool:
+    """Is this "tiny", or a folder trained from it? Its vocabulary tells, before anything is loaded."""
+    file = Path(name) / "config.json"
+    return name == "tiny" or file.is_file() and bool(re.search(r'"vocab_size": \d\d\b', file.read_text()))
+
+
 def check(args, method: str):
     """Stop early on settings that cannot work; fill in the default --out. Returns args."""
-    if args.task not in TASKS:
-        refuse(f"unknown task {args.task!r}: choose from {', '.join(TASKS)}")
-    for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "save_every", "budget"):
+    if args.task not in tasks.TASKS:
+        refuse(f"unknown task {args.task!r}: choose from {', '.join(tasks.TASKS)}")
+    for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
+                 "save_every", "budget"):
         if getattr(args, name) < 1:
             refuse(f"--{name} must be at least 1")
     for name, value in vars(args).items():
@@ -427,7 +411,8 @@ def check(args, method: str):
     if args.L % args.S or args.S % (args.L // args.block):
         refuse(f"--S {args.S} does not fit: it must divide --L {args.L} and be a multiple of its "
                f"{args.L // args.block} blocks")
-    args.out = args.resume or args.out or f"runs/{method}-{args.task}-{args.seed}"
+    default = f"runs/eval-{args.task}" if args.eval_only else f"runs/{method}-{args.task}-{args.seed}"
+    args.out = args.resume or args.out or default
     if Path(args.out).exists() and not args.resume and not args.eval_only:
         refuse(f"{args.out} exists: go on with --resume {args.out}, or choose another --out")
     return args
@@ -448,30 +433,29 @@ def draw_prompts(args, count: int, step: int) -> list[int]:
     return order[batch * args.prompts : (batch + 1) * args.prompts].tolist()
 
 
-def evaluate(model: Denoiser, task: Task, args, threshold: float | None = None) -> tuple[dict, list[str]]:
-    """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics and the texts.
+def evaluate(model: Denoiser, task: Task, args, threshold: float | None = None) -> tuple[dict, list[tuple]]:
+    """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics, and of each row
+    the text and whether it is correct.
 
     Fixed S; or, as a second opinion, adaptive decoding with a `threshold` (see denoise)."""
-    completions, nfe = [], 0
-    for start in range(0, len(task.test), 256):
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test[start : start + 256]])
-        roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0,
-                       threshold=threshold)
-        completions.append(roll.completion)
-        nfe += roll.nfe
-    reward, parts, texts = reward_rows(model, task, torch.cat(completions), task.test)
-    metrics = {"accuracy": parts["correct"], "reward": reward.mean().item()}
-    return metrics | {"parse_fail": parts["parse_fail"], "nfe_per_row": nfe / len(task.test)}, texts
+    prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test])
+    roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0,
+                   threshold=threshold, budget=args.budget)
+    reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
+    answers = list(zip(texts, parts["correct"].tolist(), strict=True))
+    means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
+    metrics = {name: values.double().mean().item() for name, values in means.items()}
+    return metrics | {"nfe_per_row": roll.nfe / len(task.test)}, answers
 
 
-def evaluation(model: Denoiser, task: Task, args) -> tuple[dict, list[str]]:
+def evaluation(model: Denoiser, task: Task, args) -> tuple[dict, list[tuple]]:
     """An evaluation as it is logged: keys eval_*, and threshold_* for adaptive decoding."""
-    fixed, texts = evaluate(model, task, args)
+    fixed, answers = evaluate(model, task, args)
     metrics = {f"eval_{k}": v for k, v in fixed.items()}
     if args.eval_threshold:
         adaptive, _ = evaluate(model, task, args, args.eval_threshold)
         metrics |= {f"threshold_{k}": v for k, v in adaptive.items()}
-    return metrics, texts
+    return metrics, answers
 
 
 class Run:
@@ -486,7 +470,7 @@ class Run:
         self.skipped_in_a_row = 0
         self.interrupted = False
         if args.resume:
-            state = torch.load(self.out / "state.pt", map_location=model.device, weights_only=True)
+            state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
             model.network.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.counters = state["step"], state["counters"]
@@ -544,7 +528,7 @@ class Run:
     def evaluate(self):
         """Evaluate and log; the run's clock stands still meanwhile."""
         begin = time.perf_counter()
-        metrics, self.texts = evaluation(self.model, self.task, self.args)
+        metrics, self.answers = evaluation(self.model, self.task, self.args)
         self.log(metrics)
         tqdm.write(f"step {self.step}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin
@@ -597,7 +581,7 @@ class Run:
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         evals = [line for line in lines if "eval_accuracy" in line]
         plot(lines, self.out / "curve.png", f"{self.bar.desc} on {self.args.task}")
-        print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.texts)
+        print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.answers)
         nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
         print(f"\n{seconds / 60:.1f} minutes of RL; NFE (forward evaluations x rows): "
               f"{nfe:,} in rollouts, {updates:,} in updates")
@@ -607,9 +591,19 @@ class Run:
         return evals[-1]["eval_accuracy"]
 
     def eval_only(self) -> float:
-        """--eval_only: print the report of the model as it is; returns the held-out accuracy."""
-        metrics, texts = evaluation(self.model, self.task, self.args)
-        print_report(self.task, self.args, {f"step {self.step}": metrics}, texts)
+        """--eval_only: print the report of the model as it is, add it with every setting and answer to
+        evals.jsonl; returns the held-out accuracy."""
+        metrics, answers = evaluation(self.model, self.task, self.args)
+        print_report(self.task, self.args, {f"step {self.step}": metrics}, answers)
+        self.out.mkdir(parents=True, exist_ok=True)
+        device = self.model.device
+        line = metrics | {
+            "step": self.step, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__, "commit": git_commit(), "args": vars(self.args), "answers": answers}
+        with open(self.out / "evals.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"\n{self.out}/evals.jsonl has this evaluation with its settings and answers")
         return metrics["eval_accuracy"]
 
 
@@ -628,23 +622,10 @@ def git_commit() -> str:
         return ""
 
 
-def save_model(model: Denoiser, folder: Path):
-    """Write a transformers folder that load_model reads; only a complete new one replaces an old one."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.network.save_pretrained(fresh)
-    model.tokenizer.save_pretrained(fresh)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def print_report(task: Task, args, columns: dict[str, dict[str, float]], texts: list[str]):
+def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers: list[tuple]):
     """The table of held-out results, then three solved and three failed rows, drawn."""
-    n = len(texts)
-    print(f"\n{n} held-out rows, greedy: L {args.L}, S {args.S}, block {args.block}, order top_prob")
+    n, also = len(answers), f"; adaptive: threshold {args.eval_threshold}" if args.eval_threshold else ""
+    print(f"\n{n} held-out rows, greedy: L {args.L}, S {args.S}, block {args.block}, order top_prob{also}")
     print(" " * 26 + "".join(f"{name:>10}" for name in columns))
     labels = {"accuracy": "solved, %", "reward": "mean reward, %", "parse_fail": "unreadable, %"}
     for kind, decoding in (("eval", ""), ("threshold", ", adaptive")):
@@ -657,12 +638,12 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], texts: 
     error = max((c["eval_accuracy"] * (1 - c["eval_accuracy"]) / n) ** 0.5 for c in columns.values())
     print(f"(standard error of a solved share: {100 * error:.1f} points)")
     for label, correct in (("solved", 1.0), ("failed", 0.0)):
-        pairs = zip(texts, task.test, strict=True)
-        shown = itertools.islice(((t, r) for t, r in pairs if task.reward(t, r)[1]["correct"] == correct), 3)
-        blocks = [task.draw(text, row) for text, row in shown]
+        found = [(text, row) for (text, c), row in zip(answers, task.test, strict=True) if c == correct]
+        blocks = [task.draw(text, row) for text, row in found[:3]]
         print(f"\n{label}:" + ("" if blocks else " none"))
-        for cells in itertools.zip_longest(*blocks, fillvalue=""):
-            print("   " + "      ".join(cells))
+        if all(len(line) < 30 for block in blocks for line in block):  # boards: side by side
+            blocks = [["      ".join(cells) for cells in itertools.zip_longest(*blocks, fillvalue="")]]
+        print("\n".join(f"   {line}" for block in blocks for line in block))
 
 
 def plot(lines: list[dict], file: Path, title: str):

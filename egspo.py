@@ -37,21 +37,27 @@ import torch
 from torch import Tensor
 
 from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    load_model, load_task, micro_batches, parse_args, per_step, pick_device, refuse,
-                    reward_rows, rollout_metrics, score)
+                    load_task, micro_batches, parse_args, per_step, pick_device, refuse, reward_rows,
+                    rollout_metrics, score)
+from models import load_model, plan_memory
 
 
 @dataclass
 class Args:
     # <frozen: flags>
-    model: str = "tiny"  # "tiny" (built on first use) or a transformers folder
-    task: str = "sudoku"  # what to learn
+    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
+    revision: str | None = None  # of the hub id
+    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
+    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
+    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
+    test_data: str = ""  # local held-out rows
     seed: int = 1  # decides every random draw of the run, not the tiny base
     out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
     resume: str = ""  # go on with this run folder
     eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
     eval_every: int = 20  # updates between evaluations on the held-out rows
     eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
+    eval_rows: int = 1024  # held-out rows evaluated, at most
     save_every: int = 10  # updates between checkpoints
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
@@ -59,7 +65,8 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward of an update
+    budget: int = 8448  # most tokens in one forward
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
     # </frozen>
     steps: int = 100  # rollouts, each with its updates
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
@@ -73,6 +80,13 @@ class Args:
     minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # AdamW (paper: 3e-5 with LoRA; full fine-tuning of an LLM: start at 1e-6)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
+
+
+# Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
+LLM = dict(
+    prompts=4, G=8, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
+    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, K=8, beta=0.04,
+    lr=1e-6, grad_norm=0.2)
 
 
 def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,11 +148,13 @@ def train(args: Args) -> float:
         refuse(f"--K {args.K} must be from 1 to S = {args.S}")
     # <frozen: setup>
     device = pick_device()
-    model = load_model(args.model, device)
+    plan_memory(args, device)
+    model = load_model(args.model, device, args.revision, args.mask_id, args.gradient_checkpointing)
     task = load_task(args, model)
     # </frozen>
-    reference = copy.deepcopy(model) if args.beta else None
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    reference = copy.deepcopy(model) if args.beta and not args.eval_only else None
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=device.type == "cuda")  # fused: less memory
     # <frozen: run>
     run = Run(args, METHOD, model, task, optimizer)
     if args.eval_only:
@@ -153,7 +169,7 @@ def train(args: Args) -> float:
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
         gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, order=args.order, guess=args.lam > 0)
+                       temperature=args.temperature, order=args.order, guess=args.lam > 0, budget=args.budget)
         run.counters["nfe_rollout"] += roll.nfe
         noise = None
         if args.select == "uniform":
@@ -215,4 +231,4 @@ def train(args: Args) -> float:
 
 METHOD = "egspo"
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD))
+    train(parse_args(Args, METHOD, LLM))

@@ -33,21 +33,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    load_model, load_task, log_prob, micro_batches, parse_args, pick_device, refuse,
-                    reward_rows, rollout_metrics, score)
+                    load_task, log_prob, micro_batches, parse_args, pick_device, refuse, reward_rows,
+                    rollout_metrics, score)
+from models import load_model, plan_memory
 
 
 @dataclass
 class Args:
     # <frozen: flags>
-    model: str = "tiny"  # "tiny" (built on first use) or a transformers folder
-    task: str = "sudoku"  # what to learn
+    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
+    revision: str | None = None  # of the hub id
+    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
+    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
+    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
+    test_data: str = ""  # local held-out rows
     seed: int = 1  # decides every random draw of the run, not the tiny base
     out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
     resume: str = ""  # go on with this run folder
     eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
     eval_every: int = 20  # updates between evaluations on the held-out rows
     eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
+    eval_rows: int = 1024  # held-out rows evaluated, at most
     save_every: int = 10  # updates between checkpoints
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
@@ -55,7 +61,8 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward of an update
+    budget: int = 8448  # most tokens in one forward
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
     # </frozen>
     steps: int = 60  # rollouts, each with its updates
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
@@ -66,6 +73,13 @@ class Args:
     minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
+
+
+# Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
+LLM = dict(
+    prompts=2, G=16, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
+    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, psi=10.0, beta=1e-3, passes=8, lr=3e-6,
+    grad_norm=0.2)
 
 
 def advantage(reward: Tensor, G: int) -> Tensor:
@@ -122,11 +136,13 @@ def train(args: Args) -> float:
         refuse("--num_mc must be at least 1")
     # <frozen: setup>
     device = pick_device()
-    model = load_model(args.model, device)
+    plan_memory(args, device)
+    model = load_model(args.model, device, args.revision, args.mask_id, args.gradient_checkpointing)
     task = load_task(args, model)
     # </frozen>
-    reference = copy.deepcopy(model) if args.beta else None
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    reference = copy.deepcopy(model) if args.beta and not args.eval_only else None
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=device.type == "cuda")  # fused: less memory
     # <frozen: run>
     run = Run(args, METHOD, model, task, optimizer)
     if args.eval_only:
@@ -140,7 +156,7 @@ def train(args: Args) -> float:
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
         gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature)
+                       temperature=args.temperature, budget=args.budget)
         run.counters["nfe_rollout"] += roll.nfe
         seconds_rollout = run.lap()
 
@@ -206,4 +222,4 @@ def train(args: Args) -> float:
 
 METHOD = "gdsd"
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD))
+    train(parse_args(Args, METHOD, LLM))

@@ -27,7 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import Denoiser, release_memory, save_model
+from common import release_memory
+from models import Denoiser, save_model
 from tasks import sudoku_puzzles, sudoku_split
 
 
@@ -60,7 +61,7 @@ def tiny_model(layers: int, width: int, seed: int = 0) -> Denoiser:
     with torch.random.fork_rng():  # weights are drawn from the global generator, which is put back afterwards
         torch.manual_seed(seed)
         network = ModernBertForMaskedLM(config).eval()
-    return Denoiser(network, tokenizer, vocab["[MASK]"], vocab["[EOS]"], vocab["[PAD]"], shift=False)
+    return Denoiser(network, tokenizer, mask_id=2, eos_id=1, pad_id=0, end_ids=(1,), shift=False)
 
 
 def demonstrations(grids: np.ndarray, count: int, sloppy: float, rng: np.random.Generator):

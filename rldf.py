@@ -15,16 +15,14 @@ before the first. The bias towards surprising steps is intended: no importance w
 
 Differences from the authors' released code: the tail behind an EOS is hidden as the sampler had it (theirs is
 visible from the second step on, which gives the length of the answer away); the weights use the sampler's
-log-probs (for Dream theirs are never written: uniform); rollouts and training run the same network (theirs:
-an approximate prefix cache in rollouts); a row decoded in one step learns too. Their MATH training set
-contains 248 of the 500 MATH500 questions, and sys.exit() passes their code tests.
-Differences from the paper: minibatches; small-batch defaults for the tiny model, the paper's beside them
-(paper: 8 prompts, G 4, T 1, L = S = 256, block 32).
+log-probs (for Dream theirs are uniform); rollouts and training run the same network (theirs: an approximate
+prefix cache in rollouts); a row decoded in one step learns too. Their MATH training set contains 248 of the
+500 MATH500 questions, and sys.exit() passes their code tests.
+Differences from the paper: minibatches; small-batch defaults for the tiny model (LLM has the paper's).
 
 python rldf.py                         4x4 Sudoku, 28 to 57 % solved in 3.1 minutes of RL on 2 CPU cores
-python rldf.py --select uniform        the ablations: uniform steps,
-python rldf.py --p_min 0               no clipping of the clean state,
-python rldf.py --canvas random         random masks in place of the sampler's own
+python rldf.py --select uniform        the ablations: uniform steps; --p_min 0: no clipping of the clean
+                                       state; --canvas random: random masks in place of the sampler's own
 """
 
 import copy
@@ -35,21 +33,27 @@ import torch
 from torch import Tensor
 
 from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    load_model, load_task, micro_batches, parse_args, per_step, pick_device, refuse,
-                    reward_rows, rollout_metrics, score)
+                    load_task, micro_batches, parse_args, per_step, pick_device, refuse, reward_rows,
+                    rollout_metrics, score)
+from models import load_model, plan_memory
 
 
 @dataclass
 class Args:
     # <frozen: flags>
-    model: str = "tiny"  # "tiny" (built on first use) or a transformers folder
-    task: str = "sudoku"  # what to learn
+    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
+    revision: str | None = None  # of the hub id
+    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
+    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
+    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
+    test_data: str = ""  # local held-out rows
     seed: int = 1  # decides every random draw of the run, not the tiny base
     out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
     resume: str = ""  # go on with this run folder
     eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
     eval_every: int = 20  # updates between evaluations on the held-out rows
     eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
+    eval_rows: int = 1024  # held-out rows evaluated, at most
     save_every: int = 10  # updates between checkpoints
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
@@ -57,7 +61,8 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward of an update
+    budget: int = 8448  # most tokens in one forward
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
     # </frozen>
     steps: int = 80  # rollouts, each with its updates
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
@@ -73,6 +78,12 @@ class Args:
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # AdamW (paper: 1e-6)
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
+
+
+# Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
+LLM = dict(
+    prompts=8, G=4, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
+    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, beta=0.01, lr=1e-6)
 
 
 def step_surprise(roll: Rollout) -> tuple[Tensor, Tensor]:
@@ -140,11 +151,13 @@ def train(args: Args) -> float:
         refuse("--order random has no probability to compare with a threshold: use --threshold 0")
     # <frozen: setup>
     device = pick_device()
-    model = load_model(args.model, device)
+    plan_memory(args, device)
+    model = load_model(args.model, device, args.revision, args.mask_id, args.gradient_checkpointing)
     task = load_task(args, model)
     # </frozen>
-    reference = copy.deepcopy(model) if args.beta else None
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    reference = copy.deepcopy(model) if args.beta and not args.eval_only else None
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.999),
+                                  weight_decay=0.01, fused=device.type == "cuda")  # fused: less memory
     # <frozen: run>
     run = Run(args, METHOD, model, task, optimizer)
     if args.eval_only:
@@ -158,7 +171,8 @@ def train(args: Args) -> float:
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
         gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, order=args.order, threshold=args.threshold or None)
+                       temperature=args.temperature, order=args.order, threshold=args.threshold or None,
+                       budget=args.budget)
         run.counters["nfe_rollout"] += roll.nfe
         seconds_rollout = run.lap()
 
@@ -235,4 +249,4 @@ def train(args: Args) -> float:
 
 METHOD = "rldf"
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD))
+    train(parse_args(Args, METHOD, LLM))

@@ -1,26 +1,205 @@
-"""Tasks and their rewards: what is asked, what an answer earns, how it is drawn for a person.
+r"""Tasks and their rewards: what is asked, what an answer earns, how it is drawn for a person.
 
 Apart from common.py because nobody needs it to understand an update, and because it is what grows: a task
-adds its rows, reward and drawing here and nothing elsewhere. A reward prints nothing and draws no random
-numbers; what cannot be read scores 0 and counts as parse_fail.
+adds its rows, reward and drawing here, one entry in TASKS, and nothing elsewhere. A reward prints nothing,
+draws no random numbers and survives any text; what cannot be read scores 0 and counts as parse_fail.
+In order: load() and where rows come from; what answers have in common (<answer>, \boxed{}, ```python);
+sudoku, countdown, gsm8k, math, mbpp with humaneval; the table of them all.
 """
 
+import ast
+import contextlib
+import csv
 import functools
+import inspect
+import io
 import itertools
+import json
+import operator
+import os
+import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
+
+from sandbox import run_tests
 
 
 @dataclass
 class Task:
     """Prompts and the reward of what is answered; its parts always have `correct` and `parse_fail`."""
 
-    train: list[dict]  # each row has "prompt" and whatever the reward reads
+    train: list[dict]  # each row has "prompt" and whatever the reward reads; empty if not asked for
     test: list[dict]  # held out
     reward: Callable[[str, dict], tuple[float, dict[str, float]]]
     draw: Callable[[str, dict], list[str]]  # a completion as a person would want to see it, line by line
+    chat: bool = False  # prompts are a user's message, to be put through the model's chat template
+    parallel: bool = False  # the reward waits for other processes: rows may be scored in many threads at once
+
+
+@dataclass
+class Recipe:
+    """What load() makes a Task of."""
+
+    row: Callable[[dict], dict]  # from the columns of the hub or of a file; ValueError if they cannot be used
+    reward: Callable
+    draw: Callable
+    sources: dict[str, Callable[[], list[dict]]]  # "train", "test"; or "train" alone, split here
+    key: Callable[[dict], object] = lambda row: " ".join(row["question"].split())  # train and test share none
+    parallel: bool = False
+
+
+def load(name: str, *, chat: bool, data: str = "", test_data: str = "", train: bool = True) -> Task:
+    """The task `name`. `chat`: the model has a chat template; without one there is only compact Sudoku.
+
+    `data` is a local training file in place of the published rows, `test_data` a held-out one. With `data`
+    alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out. Training rows whose
+    key is held out are dropped: a published training set contains half of its test set. With train=False
+    there are no training rows. Raises ValueError, in one line, for what cannot be used."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
+    if not chat and name != "sudoku":
+        raise ValueError(f"{name} needs a model with a chat template")
+    recipe = TASKS[name] if chat else COMPACT_SUDOKU
+    if train and not data and "train" not in recipe.sources:
+        raise ValueError(f"{name} has no training rows: use --eval_only, or give --data")
+    rows, test = [], []
+    if test_data:
+        test = make_rows(recipe, read_file(test_data), test_data)
+    elif not data and "test" in recipe.sources:
+        test = make_rows(recipe, recipe.sources["test"](), f"{name}, test")
+    if train or not test:
+        raws = read_file(data) if data else recipe.sources["train"]()
+        rows = make_rows(recipe, raws, data or f"{name}, train")
+    if test:
+        held = set(map(recipe.key, test))
+    else:
+        keys = list(dict.fromkeys(map(recipe.key, rows)))
+        held = set(keys[-max(1, len(keys) // 10) :] if data else keys[-1024:])
+    kept = [row for row in rows if recipe.key(row) not in held]
+    if test and len(kept) < len(rows):
+        print(f"{name}: {len(rows) - len(kept)} of {len(rows)} training rows dropped, they are held out")
+    test = test or [row for row in rows if recipe.key(row) in held]
+    if not test or train and not kept:
+        raise ValueError(f"{data or name}: no {'training' if test else 'held-out'} rows are left")
+    recipe.reward("\\boxed{0} ```python\n0", test[0])  # what it needs must work before anything costly
+    return Task(kept if train else [], test, recipe.reward, recipe.draw, chat, recipe.parallel)
+
+
+def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
+    """Rows of a task from published ones. Raises ValueError that says which one cannot be used."""
+    rows = []
+    for number, raw in enumerate(raws, 1):
+        try:
+            rows.append(recipe.row(raw))
+        except Exception as error:  # a row may hold anything
+            raise ValueError(f"{where}, row {number}: {error}") from error
+    return rows
+
+
+def column(raw: dict, *names: str):
+    """What is in the first of these columns that is there: every publisher has names of its own."""
+    for name in names:
+        if raw.get(name) is not None:
+            return raw[name]
+    raise ValueError(f"no column {' or '.join(names)}; it has {', '.join(map(str, raw))}")
+
+
+def read_file(name: str) -> list[dict]:
+    """The rows of a local .json (a list of objects), .jsonl or .csv file."""
+    suffix, number = Path(name).suffix, 0
+    if suffix not in (".json", ".jsonl", ".csv"):
+        raise ValueError(f"cannot read {name}: it must be a .json (a list of objects), .jsonl or .csv file")
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+        if suffix == ".csv":  # not load_dataset("csv"): boards become numbers and lose their leading zeros
+            rows = list(csv.DictReader(io.StringIO(text)))
+        elif suffix == ".json":
+            rows = json.loads(text if text.strip() else "[]")
+        else:
+            rows = []
+            for line in text.split("\n"):
+                number += 1
+                rows += [json.loads(line)] if line.strip() else []
+    except (OSError, ValueError, csv.Error) as error:
+        reason = f"line {number}: {error.msg}" if number else error
+        raise ValueError(f"cannot read {name}: {reason}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{name} must hold a list of objects")
+    if not rows:
+        raise ValueError(f"{name} is empty")
+    return rows
+
+
+def hub(*path: str, split: str) -> list[dict]:
+    """The rows of a published data set: its id on the hub and, where it has several, the configuration."""
+    import datasets  # here because it takes seconds, and Sudoku does without
+
+    try:
+        return datasets.load_dataset(*path, split=split).to_list()
+    except Exception as error:  # of a dozen kinds: no network, no such set, no access, a full disk ...
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
+        raise ValueError(f"cannot load {path[0]}: {reason}; local files: --data, --test_data") from error
+
+
+# -------------------------------------------------------------------------------- what answers have in common
+
+TAGS = """Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""  # at the start of the message, as in the d1 family
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."  # at its end
+SUDOKU = ("Solve this 4x4 Sudoku: replace every 0 (a blank) so that each row, each column and each of the "
+          "four 2x2 boxes holds 1, 2, 3 and 4 once. The answer is the whole board: 16 digits, row by row.")
+COUNTDOWN = ("Write an arithmetic expression that equals {}. Use each of the numbers {} exactly once, with "
+             "+, -, *, / and parentheses. The answer is the expression alone, such as 2 * (7 - 3).")
+CODE = "Answer with one ```python block that holds the whole function and all it needs."
+
+
+def between_tags(text: str) -> str:
+    """What is in the last <answer>...</answer>; nothing without one, or if the last is not closed."""
+    _, opened, rest = text.rpartition("<answer>")
+    inside, closed, _ = rest.partition("</answer>")
+    return inside if opened and closed else ""
+
+
+def boxed(text: str) -> str | None:
+    r"""What is in the last \boxed{...}, up to the brace that closes it; None without one, or without that."""
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    inside, depth = text[starts[-1] :] if starts else "", 1
+    for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)  # \{ and \} are no braces
+        if depth == 0:
+            return inside[: match.start()]
+    return None
+
+
+def code_block(text: str) -> str:
+    """The first ```python (or ```py) block; one that the end of the text cuts off counts."""
+    match = re.search(r"```(?:python|py)[^\S\n]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
+    return textwrap.dedent(match[1]) if match else ""
+
+
+def draw_text(text: str, row: dict) -> list[str]:
+    """The question in two lines, the end of the answer in three or its code in eight, and what is right; at
+    most 100 columns."""
+    code = code_block(text).splitlines() if "tests" in row else []
+    answer = code[:8] or textwrap.wrap(text[-1000:], 90)[-3:] or ["(nothing)"]
+    question = textwrap.wrap(row["question"], 90, max_lines=2, placeholder=" ...")
+    lines = [f"  {line}" for line in question] + [f"> {line}" for line in answer] + [f"= {row['answer']}"]
+    return ["".join(c if c.isprintable() else " " for c in line[:100]) for line in lines]
+
+
+# ----------------------------------------------------------------------------------------------------- sudoku
 
 
 @functools.cache
@@ -54,14 +233,24 @@ def sudoku_puzzles(grids: np.ndarray, count: int, rng: np.random.Generator) -> t
     return np.concatenate(puzzles)[:count], np.concatenate(solutions)[:count]
 
 
+def sudoku_boards(part: int, count: int) -> list[dict]:
+    """Generated boards, of the solutions for training (part 0) or held out (1); the same in every run."""
+    pairs = zip(*sudoku_puzzles(sudoku_split()[part], count, np.random.default_rng([1, part])), strict=True)
+    return [{"puzzle": "".join(map(str, p)), "solution": "".join(map(str, s))} for p, s in pairs]
+
+
 def sudoku() -> Task:
     """4x4 Sudoku, a board written as 16 digits: prompt "3102200002100320=", answer "3142243142131324"."""
-    rows = []
-    for seed, (grids, count) in enumerate(zip(sudoku_split(), (8192, 1024), strict=True)):
-        pairs = zip(*sudoku_puzzles(grids, count, np.random.default_rng([1, seed])), strict=True)
-        texts = [("".join(map(str, puzzle)), "".join(map(str, solution))) for puzzle, solution in pairs]
-        rows.append([{"prompt": p + "=", "puzzle": p, "solution": s} for p, s in texts])
-    return Task(rows[0], rows[1], sudoku_reward, sudoku_draw)
+    return load("sudoku", chat=False)
+
+
+def sudoku_row(raw: dict) -> dict:
+    puzzle, solution = str(column(raw, "puzzle", "Puzzle")), str(column(raw, "solution", "Solution"))
+    if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
+        raise ValueError(f"a board is 16 digits 1-4, 0 = blank, not {puzzle!r} and {solution!r}")
+    if "0" not in puzzle or any(p not in ("0", s) for p, s in zip(puzzle, solution, strict=True)):
+        raise ValueError(f"{solution} does not fill in {puzzle}")
+    return {"prompt": puzzle + "=", "puzzle": puzzle, "solution": solution}
 
 
 def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
@@ -81,8 +270,8 @@ def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
 def sudoku_draw(text: str, row: dict) -> list[str]:
     """The puzzle beside the answer; a wrong cell is marked with !."""
     board = "".join(text.split())
-    if len(board) != 16:
-        return [f"{row['puzzle']} -> {text!r} (not 16 digits)"]
+    if len(board) != 16 or not board.isprintable():
+        return [f"{row['puzzle']} -> {text[:40]!r} (not 16 digits)"]
     lines = []
     for r in range(0, 16, 4):
         asked = " ".join(row["puzzle"][r : r + 4]).replace("0", "·")
@@ -91,4 +280,238 @@ def sudoku_draw(text: str, row: dict) -> list[str]:
     return lines
 
 
-TASKS = {"sudoku": sudoku}
+def sudoku_chat_row(raw: dict) -> dict:
+    row = sudoku_row(raw)
+    board = "\n".join(row["puzzle"][i : i + 4] for i in range(0, 16, 4))
+    return row | {"prompt": f"{TAGS}\n\n{SUDOKU}\n\n{board}",
+                  "question": row["puzzle"], "answer": row["solution"]}  # for draw_text
+
+
+def sudoku_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    """That of the board between the answer tags; one without tags is not read."""
+    return sudoku_reward(between_tags(text), row)
+
+
+def sudoku_chat_draw(text: str, row: dict) -> list[str]:
+    board = between_tags(text)
+    return sudoku_draw(board, row) if board.strip() else draw_text(text, row)
+
+
+# -------------------------------------------------------------------------------------------------- countdown
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def countdown_hub() -> list[dict]:
+    """The published problems of three numbers, none twice (the same numbers in another order)."""
+    raws = [raw for raw in hub("Jiayi-Pan/Countdown-Tasks-3to4", split="train") if len(raw["nums"]) == 3]
+    return list({(raw["target"], *sorted(raw["nums"])): raw for raw in raws}.values())
+
+
+def countdown_row(raw: dict) -> dict:
+    numbers, target = column(raw, "numbers", "nums", "input"), int(column(raw, "target", "output"))
+    numbers = [int(n) for n in (numbers.split(",") if isinstance(numbers, str) else numbers)]
+    listed = ", ".join(map(str, numbers))
+    return {"prompt": f"{TAGS}\n\n{COUNTDOWN.format(target, listed)}", "question": f"{listed} -> {target}",
+            "answer": str(target), "numbers": numbers}
+
+
+def countdown_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    """1 for an expression that hits the target, 0.1 for one over exactly the given numbers that misses it (or
+    divides by zero), else 0. Only integers and binary + - * /: not 2**4, 7//2 or -3."""
+    expression = " ".join(between_tags(text).translate(str.maketrans("×÷−", "*/-")).split())
+    expression = re.sub(r" ?= ?-?[0-9.]+$", "", expression)  # "30 - 7 = 23"
+    nodes = []
+    if len(expression) <= 200 and re.fullmatch(r"[0-9+\-*/() ]+", expression):  # "0x1e" is no number here
+        with contextlib.suppress(SyntaxError, RecursionError, MemoryError):  # the latter: deep parentheses
+            nodes = list(ast.walk(ast.parse(expression, mode="eval")))
+    if not nodes:
+        return 0.0, {"correct": 0.0, "parse_fail": 1.0}
+    used = sorted(node.value for node in nodes if isinstance(node, ast.Constant))
+    allowed = {ast.Expression, ast.BinOp, ast.Constant, *OPERATORS}
+    if not {type(node) for node in nodes} <= allowed or used != sorted(row["numbers"]):
+        return 0.0, {"correct": 0.0, "parse_fail": 0.0}
+    correct = 0.0
+    with contextlib.suppress(ZeroDivisionError):
+        correct = float(evaluate(nodes[0].body) == int(row["answer"]))
+    return max(correct, 0.1), {"correct": correct, "parse_fail": 0.0}
+
+
+def evaluate(node: ast.expr) -> Fraction:
+    """The exact value of a tree of OPERATORS over integers."""
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+
+
+# ------------------------------------------------------------------------------------------------------ gsm8k
+
+
+def gsm8k_row(raw: dict) -> dict:
+    question, gold = str(column(raw, "question")), str(column(raw, "ground_truth_answer", "answer"))
+    gold = gold.rpartition("####")[2].strip()
+    if read_number(gold) is None:
+        raise ValueError(f"the answer {gold!r} is not a number")
+    return {"prompt": f"{question}\n{BOXED}", "question": question, "answer": gold}
+
+
+def read_number(text: str) -> Fraction | None:
+    r"""The number behind the last "=" of a text such as "$1,450,000", "-3 apples" or "18\%", exactly. None if
+    there is none or more than one ("1e400"), or it is not written as here ("1,2", other scripts' digits)."""
+    text = re.sub(r"<\|\w*\|>", "", text.rpartition("=")[2]).replace("−", "-").replace("{,}", ",").strip()
+    if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
+        return None
+    found = re.findall(r"(-[\s$\\({]*)?([.,\d]*\d)", text)
+    if len(found) != 1 or not re.fullmatch(r"([1-9]\d{0,2}(,\d{3})+|\d+)?(\.\d+)?", found[0][1]):
+        return None
+    minus, digits = found[0]
+    return Fraction(digits.replace(",", "")) * (-1 if minus else 1)
+
+
+def gsm8k_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    r"""1 for the right number, 0.25 for any in a \boxed{} (`format`); a number in answer tags is read too."""
+    box = boxed(text)
+    value = read_number(between_tags(text) if box is None else box)
+    correct, readable = float(value == read_number(row["answer"])), float(value is not None)
+    form = 0.0 if box is None else readable
+    return correct + 0.25 * form, {"correct": correct, "format": form, "parse_fail": 1 - readable}
+
+
+# ------------------------------------------------------------------------------------------------------- math
+
+
+def math_row(raw: dict) -> dict:
+    question = str(column(raw, "question", "problem"))
+    gold = str(column(raw, "ground_truth_answer", "answer", "solution"))
+    if gold == raw.get("solution"):
+        gold = boxed(gold) or ""
+    if not gold.strip():
+        raise ValueError(r"the solution has no \boxed{} answer")
+    return {"prompt": f"{question}\n{BOXED}", "question": question, "answer": gold}
+
+
+def math_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    r"""1 if what is in the last \boxed{} equals the answer, by math-verify. What has more than 500 characters
+    or needs more than 2 CPU seconds or 1 GiB to judge counts as unreadable."""
+    answer, verdict = boxed(text), 12
+    if answer and len(answer) <= 500:
+        judge = math_judge()
+        judge.stdin.write(json.dumps([row["answer"], answer]) + "\n")
+        judge.stdin.flush()
+        verdict = int(judge.stdout.readline())
+    correct = float(verdict == 10)
+    return correct, {"correct": correct, "parse_fail": float(verdict not in (10, 11))}
+
+
+@functools.cache
+def math_judge() -> subprocess.Popen:
+    """math-verify in a process of its own. Its own remedy for 9^{9^{9^9}} is an alarm, which works in a main
+    thread only, comes after five seconds, and puts no limit on memory."""
+    source = f"{inspect.getsource(judge_math)}\njudge_math()"  # not an import of this file: numpy has threads
+    judge = subprocess.Popen([sys.executable, "-c", source], text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                             env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy iterates over sets
+                             start_new_session=True)  # a ctrl-C is for us alone
+    if judge.stdout.readline() != "ready\n":
+        raise RuntimeError("math-verify does not work here: pip install 'math-verify[antlr4_13_2]'")
+    return judge
+
+
+def judge_math():
+    """For every line [gold, answer] of stdin a child, and a line how it ended: 10 equal, 11 not, 12 it is not
+    mathematics, else a limit. What an answer leaves in sympy's caches is gone with its child."""
+    import json, logging, os, resource, sys
+
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def verdict(*pair: str) -> int:
+        latex = [LatexExtractionConfig()]  # and not its expressions outside LaTeX: sympy would eval them
+        gold, answer = (parse(f"\\boxed{{{text}}}", latex, parsing_timeout=None) for text in pair)
+        if verify(gold, answer, timeout_seconds=None):
+            return 10
+        return 12 if all(isinstance(part, str) for part in answer) else 11
+
+    logging.disable()
+    # whether it works; and a child that finds warm caches takes 15 ms, not 90
+    assert verdict(r"\frac{1}{2}", "0.5") == 10
+    assert verdict("x^2+1", "x+1") == verdict("[0,1)", r"\{1,\sqrt{2}\}") == 11
+    print("ready", flush=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+            os._exit(verdict(*json.loads(line)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+# ----------------------------------------------------------------------------------------- mbpp and humaneval
+
+
+def code_row(raw: dict) -> dict:
+    """With an entry_point it is HumanEval's, whose tests are not shown; else MBPP's, full or sanitized."""
+    setup = raw.get("test_setup_code") or "\n".join(raw.get("test_imports") or [])
+    if "entry_point" in raw:
+        asked = head = column(raw, "prompt").strip()  # imports, helpers and the function without a body
+        shown = f"Complete this function:\n```python\n{asked}\n```"
+        tests = split_check(f"{column(raw, 'test')}\n\ncheck({raw['entry_point']})")
+    else:
+        asked, head = column(raw, "text", "question", "prompt").strip(), setup
+        tests = column(raw, "test_list")
+        tests = [tests] if isinstance(tests, str) else tests
+        tests = [part for test in tests for part in split_check(test)]
+        shown = asked if "assert" in asked else f"{asked}\nYour code should pass:\n" + "\n".join(tests)
+    if not tests:
+        raise ValueError("no tests")
+    for source in (head, setup, *tests):
+        compile(source, "<test>", "exec")
+    return {"prompt": f"{shown}\n{CODE}", "question": asked.partition("\nYour code should pass")[0],
+            "answer": tests[0].splitlines()[-1], "head": head,
+            "tests": [f"{setup}\n{test}" for test in tests]}  # again: a program may redefine its head
+
+
+def split_check(code: str) -> list[str]:
+    """The asserts of `check(candidate)` as a test each, so that a share can pass; `assert True`, of which
+    HumanEval has many, is left out. Other code, or a check with more in it than asserts, is one test."""
+    body = ast.parse(code).body
+    checks = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    if len(checks) != 1 or {type(node) for node in checks[0].body} != {ast.Assert}:
+        return [code]
+    before = "\n".join(ast.unparse(node) for node in body[:-1] if node is not checks[0])
+    asserts = [ast.unparse(node) for node in checks[0].body if not isinstance(node.test, ast.Constant)]
+    if any("candidate" in test for test in asserts):  # MBPP's do not, and 18 call check(another name)
+        before += f"\ncandidate = {ast.unparse(body[-1].value.args[0])}"
+    return [f"{before}\n{test}".strip() for test in asserts]
+
+
+def code_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    """Share of the tests passed by the first ```python block, run in a sandbox (sandbox.py)."""
+    code = code_block(text)
+    if not code.strip():
+        return 0.0, {"correct": 0.0, "parse_fail": 1.0}
+    passed = run_tests(f"{row['head']}\n{code}", row["tests"])
+    return sum(passed) / len(passed), {"correct": float(all(passed)), "parse_fail": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+
+
+BOARDS = {"train": lambda: sudoku_boards(0, 8192), "test": lambda: sudoku_boards(1, 1024)}
+COMPACT_SUDOKU = Recipe(sudoku_row, sudoku_reward, sudoku_draw, BOARDS, key=lambda row: row["solution"])
+TASKS = {
+    "sudoku": Recipe(sudoku_chat_row, sudoku_chat_reward, sudoku_chat_draw, BOARDS,
+                     key=lambda row: row["solution"]),
+    "gsm8k": Recipe(gsm8k_row, gsm8k_reward, draw_text, {
+        "train": lambda: hub("openai/gsm8k", "main", split="train"),
+        "test": lambda: hub("openai/gsm8k", "main", split="test")}),
+    "math": Recipe(math_row, math_reward, draw_text, {  # a few solutions in training have no box
+        "train": lambda: [raw for raw in hub("ankner/math-500", split="train") if boxed(raw["solution"])],
+        "test": lambda: hub("HuggingFaceH4/MATH-500", split="test")}),
+    "countdown": Recipe(countdown_row, countdown_reward, draw_text, {"train": countdown_hub},
+                        key=lambda row: (row["answer"], *sorted(row["numbers"]))),
+    "mbpp": Recipe(code_row, code_reward, draw_text, {
+        "train": lambda: hub("google-research-datasets/mbpp", "full", split="train"),
+        "test": lambda: hub("google-research-datasets/mbpp", "full", split="test")}, parallel=True),
+    "humaneval": Recipe(code_row, code_reward, draw_text, {
+        "test": lambda: hub("openai/openai_humaneval", split="test")}, parallel=True),
+}

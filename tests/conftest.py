@@ -58,6 +58,7 @@ class Tabular:
         self.table = torch.nn.Parameter(logits)
         self.V, self.L, self.mask_id = V, L, V
         self.eos_id = -1 if eos_id is None else eos_id  # no token is -1
+        self.end_ids = (self.eos_id,)
         self.pad_id = V + 1
         self.shift = False
         self.device = torch.device("cpu")
@@ -78,3 +79,9 @@ def toy_task(texts=("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901="))
         return sum(map(ord, text + row["prompt"])) % 7 / 6, {"correct": 0.0, "parse_fail": 0.0}
 
     return tasks.Task(rows, rows[:1], reward, lambda text, row: [text])
+
+
+def offer(monkeypatch, name: str, task):
+    """Make `--task name` mean task()."""
+    monkeypatch.setitem(tasks.TASKS, name, None)
+    monkeypatch.setattr(tasks, "load", lambda name, **_: task())

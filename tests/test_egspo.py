@@ -67,7 +67,7 @@ def as_rollout(model, completions, steps, S: int) -> Rollout:
     x, step = torch.tensor(completions), torch.tensor(steps)
     none = torch.zeros(len(x), 0, dtype=torch.long)
     zero = torch.zeros(x.shape, dtype=torch.float64)
-    valid = until_eos(x, model.eos_id)
+    valid = until_eos(x, model.end_ids)
     return Rollout(none, none.bool(), x, step, zero, zero, valid, None, model.mask_id, S, 0)
 
 

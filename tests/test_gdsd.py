@@ -7,14 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Tabular, generators, padded_prompts, sharp_model, toy_task
+from conftest import Tabular, generators, offer, padded_prompts, sharp_model, toy_task
 from test_methods import launch, lines
 from torch.nn.functional import cross_entropy
 
 import common
+import models
 import gdsd
 import pretrain
-import tasks
 from common import Rollout, denoise, group_noise, log_prob, until_eos
 from gdsd import advantage, centred_logit, distillation_loss, mask_pairs, pair_score
 
@@ -32,7 +32,7 @@ def rollout(model) -> Rollout:
     x = torch.randint(3, 14, roll.completion.shape, generator=seeded())
     for column, position in enumerate((0, 2, 5)):
         x[column::G, position] = model.eos_id
-    roll.completion, roll.valid = x, until_eos(x, model.eos_id)
+    roll.completion, roll.valid = x, until_eos(x, model.end_ids)
     assert roll.valid.sum(1).tolist() == [1, 3, 6, L] * 3 and not roll.prompt_mask.all()
     return roll
 
@@ -40,7 +40,7 @@ def rollout(model) -> Rollout:
 def tabular_rollout(model, completion) -> Rollout:
     x = torch.as_tensor(completion)
     none, zero = torch.zeros(len(x), 0, dtype=torch.long), torch.zeros(x.shape)
-    valid = until_eos(x, model.eos_id)
+    valid = until_eos(x, model.end_ids)
     return Rollout(none, none.bool(), x, torch.zeros_like(x), zero, zero, valid, None, model.mask_id, 1, 0)
 
 
@@ -393,7 +393,7 @@ def test_the_released_clamp_stops_after_the_first_pass():
 def run(monkeypatch, tmp_path):
     """Launch a small run from the sharp model; returns the metrics of its updates."""
     common.save_model(sharp_model(), tmp_path / "model")
-    monkeypatch.setitem(tasks.TASKS, "toy", lambda: toy_task(("1=", "23=", "456=", "7=")))
+    offer(monkeypatch, "toy", lambda: toy_task(("1=", "23=", "456=", "7=")))
     monkeypatch.setattr(common, "plot", lambda *_: None)  # it would take half of the time
     number = itertools.count()
 
@@ -449,7 +449,7 @@ def test_old_reference_and_every_pass_see_the_same_masks(run, monkeypatch, tmp_p
         for start in range(0, 48, 12):
             assert len({row.split("]")[0] for row in new[start : start + 12]}) == 2  # of four prompts
     (reference,) = {id(m): m for _, m, _, _ in calls if m is not policy}.values()
-    start = common.load_model(str(tmp_path / "model")).network.state_dict()
+    start = models.load_model(str(tmp_path / "model")).network.state_dict()
     assert all(torch.equal(v, start[k]) for k, v in reference.network.state_dict().items())
     assert not all(torch.equal(v, start[k]) for k, v in policy.network.state_dict().items())
     canvases = sum(2 * len(hidden) for _, _, _, (_, hidden) in calls)
@@ -548,7 +548,7 @@ def test_the_gradient_does_not_depend_on_the_budget(run, exact):
 
 def test_drift_is_said(tmp_path, monkeypatch, capfd):
     common.save_model(pretrain.tiny_model(layers=1, width=32), tmp_path / "base")
-    shape = "--prompts 2 --G 2 --S 4 --steps 2 --eval_threshold 0".split()
+    shape = "--prompts 2 --minibatches 2 --G 2 --S 4 --steps 2 --eval_threshold 0".split()
     for limit, said in ((20.0, False), (0.0, True)):
         monkeypatch.setattr(gdsd, "DRIFT", limit)
         out = tmp_path / f"run{limit}"

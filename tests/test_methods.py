@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from conftest import offer
 
 import common
+import models
 import pretrain
 import tasks
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["egspo", "wd1", "rldf", "gdsd"]
-SMALL = "--prompts 8 --G 2 --S 4 --eval_every 2 --save_every 1 --seed 3".split()
+SMALL = "--prompts 8 --G 2 --S 4 --eval_every 2 --eval_rows 64 --save_every 1 --seed 3".split()
 TIMING = {"seconds", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second",
           "peak_memory_gib"}
 
@@ -37,24 +39,12 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def few_boards(monkeypatch):
-    """64 held-out boards instead of 1024."""
-    whole = tasks.sudoku
-    monkeypatch.setitem(tasks.TASKS, "sudoku", lambda: cut(whole()))
-
-
-def cut(task: tasks.Task) -> tasks.Task:
-    task.test = task.test[:64]
-    return task
-
-
 def launch(method: str, *argv) -> float:
     """`python method.py argv`, in this process."""
     module = importlib.import_module(method)
     old, sys.argv = sys.argv, [method + ".py", *map(str, argv)]
     try:
-        return module.train(common.parse_args(module.Args, method))
+        return module.train(common.parse_args(module.Args, method, module.LLM))
     finally:
         sys.argv = old
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -122,10 +112,7 @@ def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):
         file.write('{"step": 99, "rew')  # what a kill in the middle of a write leaves behind
     (killed / "state.tmp").write_bytes(b"half a checkpoint")
     launch("egspo", "--resume", killed)
-    whole_lines, killed_lines = lines(whole), lines(killed)
-    # the subprocess evaluates all 1024 boards; everything else must agree
-    assert [row for row in killed_lines if "reward" in row] == [row for row in whole_lines if "reward" in row]
-    assert all(torch.equal(v, weights(killed)[k]) for k, v in weights(whole).items())
+    same_run(whole, killed)
 
 
 def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(folder, tmp_path):
@@ -161,7 +148,7 @@ def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys)
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     saved = json.loads((out / "args.json").read_text())
     assert saved["method"] == method and saved["seed"] == 3
-    model, state = common.load_model(str(out / "model")), weights(out)
+    model, state = models.load_model(str(out / "model")), weights(out)
     assert all(torch.equal(v, state[k]) for k, v in model.network.state_dict().items())
     assert launch(method, "--resume", out, "--eval_only") == accuracy
     assert launch(method, "--model", out / "model", *SMALL, "--eval_only") == accuracy
@@ -270,15 +257,16 @@ def test_every_setting_is_read():
     for method in METHODS:
         text = (ROOT / f"{method}.py").read_text()
         names = [f.name for f in dataclasses.fields(importlib.import_module(method).Args)]
-        listed = re.search(r"for name in \((.*?)\):", common_text).group(1)  # checked by name
-        unread = [n for n in names if f"args.{n}" not in text + common_text and f'"{n}"' not in listed]
+        listed = re.search(r"for name in \((.*?)\):", common_text, re.S).group(1)  # checked by name
+        read = text + common_text + (ROOT / "models.py").read_text()
+        unread = [n for n in names if f"args.{n}" not in read and f'"{n}"' not in listed]
         assert unread == [], method
 
 
 def test_written_commands_parse():
     """Every `python method.py ...` of the README and of the docstrings is a command line of today."""
     texts = [(ROOT / "README.md").read_text(), *(importlib.import_module(m).__doc__ for m in METHODS)]
-    command = r"python (\w+)\.py((?: --\w+(?: (?!-)[\w./-]+)?)*)"
+    command = r"python (\w+)\.py((?: --[\w-]+(?: (?![-#])[\w./~-]+)?)*)"
     commands = [found for text in texts for found in re.findall(command, text)]
     assert len(commands) > 10
     for name, flags in commands:
@@ -311,7 +299,7 @@ def echo_task() -> tasks.Task:
 def test_it_learns(method, tmp_path, monkeypatch):
     base = tmp_path / "base"
     common.save_model(pretrain.tiny_model(layers=1, width=64), base)
-    monkeypatch.setitem(tasks.TASKS, "echo", echo_task)
+    offer(monkeypatch, "echo", echo_task)
     begin = time.perf_counter()
     shape = "--prompts 4 --G 32 --L 4 --S 2 --block 4 --eval_every 1000 --save_every 1000".split()
     out = tmp_path / "run"

@@ -14,7 +14,8 @@ from conftest import global_random_states, padded_prompts, sharp_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import Denoiser, is_bidirectional, load_model, save_model
+from common import Denoiser, save_model
+from models import is_bidirectional, load_model
 from pretrain import Settings, base_folder, demonstrations, tiny_model, train
 from tasks import sudoku_puzzles, sudoku_split
 
@@ -161,8 +162,9 @@ def causal_llama() -> LlamaForCausalLM:
 def test_is_bidirectional():
     assert is_bidirectional(sharp_model())
     assert is_bidirectional(tiny_model(layers=1, width=32))
-    assert not is_bidirectional(Denoiser(causal_llama(), None, mask_id=2, eos_id=1, pad_id=0, shift=False))
-    assert not is_bidirectional(Denoiser(causal_llama(), None, mask_id=2, eos_id=1, pad_id=0, shift=True))
+    for shift in (False, True):
+        ids = {"mask_id": 2, "eos_id": 1, "pad_id": 0, "end_ids": (1,)}
+        assert not is_bidirectional(Denoiser(causal_llama(), None, **ids, shift=shift))
 
 
 def edit_config(**changes):
@@ -206,16 +208,16 @@ LLADA_CODE = {"AutoConfig": "configuration_llada.LLaDAConfig"}  # transformers a
 
 @pytest.mark.parametrize("edit, reason", [
     (shutil.rmtree, "unknown model"),
-    (a_llama, "'llama' model; the models that can be loaded are: modernbert"),
-    (edit_config(model_type="llada"), "'llada' model"),
-    (edit_config(model_type="llada", auto_map=LLADA_CODE), "'llada' model"),
-    (no_mask_token, "needs a mask, an eos and a pad token"),
+    (a_llama, "is a causal 'llama' model"),
+    (edit_config(model_type="bert"), "is a 'bert' model; the kinds that can be loaded are: llada, Dream"),
+    (edit_config(model_type="llada", auto_map=LLADA_CODE), "cannot be loaded: KeyError: 'd_model'"),
+    (no_mask_token, "does not say which token is its mask"),
     (without("*token*"), "cannot be loaded"),
     (without("*.safetensors"), "cannot be loaded"),
     (edit_weights(lambda tensors: tensors.pop("decoder.bias")), "does not hold the weights"),
     (edit_weights(lambda tensors: tensors.update(extra=torch.ones(2))), "does not hold the weights"),
     (edit_config(intermediate_size=48), "does not hold the weights"),
-    (edit_config(is_causal=True), "is causal"),
+    (edit_config(is_causal=True), "is a causal 'modernbert' model"),
     (lambda folder: (folder / "config.json").write_text("{half"), "cannot be loaded"),
     (lambda folder: truncate(folder / "model.safetensors"), "cannot be loaded"),
 ])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import generators, padded_prompts, sharp_model, toy_task
+from conftest import generators, offer, padded_prompts, sharp_model, toy_task
 from test_methods import launch
 
 import common
@@ -345,7 +345,7 @@ def update(monkeypatch, tmp_path):
         for calls in vars(seen).values():
             calls.clear()
         monkeypatch.setattr(rldf, "load_model", lambda *_: model())
-        monkeypatch.setitem(tasks.TASKS, "toy", task)
+        offer(monkeypatch, "toy", task)
         out = tmp_path / str(next(runs))
         launch("rldf", *f"{SHAPE} --lr 0 --minibatches 1 --out {out} {flags}".split())
         rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -509,7 +509,7 @@ def test_the_old_policy_is_the_one_before_the_first_pass(update):
 
 def test_a_run_with_every_option_completes(monkeypatch, tmp_path):
     common.save_model(sharp_model(OFTEN), tmp_path / "model")
-    monkeypatch.setitem(tasks.TASKS, "toy", toy_task)
+    offer(monkeypatch, "toy", toy_task)
     flags = f"{SHAPE} --steps 2 --passes 2 --minibatches 2 --beta 0.1 --canvas random --select uniform"
     out = tmp_path / "out"
     launch("rldf", "--model", tmp_path / "model", "--out", out, *flags.split())

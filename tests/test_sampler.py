@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Tabular, generators, padded_prompts, sharp_model
+from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model
 
 import common
 from common import Denoiser, denoise
@@ -297,16 +297,68 @@ def test_nfe_counts_rows_and_guesses_are_free(threshold, monkeypatch):
     assert roll.guess is None and with_guess.guess.shape == (3 * G, roll.S, L)
 
 
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_budget_changes_nothing_but_the_size_of_the_forwards(threshold, monkeypatch):
+    model = sharp_model(OFTEN)
+    whole = rollout(model, threshold=threshold, guess=True)
+    prompt, prompt_mask = padded_prompts(model, G)
+    assert not prompt_mask.all()
+    seen, masks, real = [], [], model.hidden
+
+    def recording(x, attn):
+        seen.append(x)
+        masks.append(attn)
+        return real(x, attn)
+
+    monkeypatch.setattr(model, "hidden", recording)
+    for budget, groups in [(1, 1), (G * (prompt.shape[1] + L), 1), (2 * G * (prompt.shape[1] + L), 2)]:
+        seen.clear()
+        masks.clear()
+        roll = denoise(model, prompt, prompt_mask, generators(), L=L, S=S, block=BLOCK, threshold=threshold,
+                       guess=True, budget=budget)
+        assert max(map(len, seen)) == groups * G  # a group is never split, however small the budget
+        for field in ("prompt", "prompt_mask", "completion", "step", "valid", "guess"):
+            assert torch.equal(getattr(roll, field), getattr(whole, field)), field
+        for field in ("logp", "entropy"):
+            torch.testing.assert_close(getattr(roll, field), getattr(whole, field), atol=1e-5, rtol=1e-5)
+        assert (roll.nfe, roll.S, roll.mask_id) == (whole.nfe, whole.S, whole.mask_id)
+        if groups == 1:  # each group of one prompt is cut to its own length: nothing to mask
+            assert all(mask is None for mask in masks)
+            assert len({x.shape[1] for x in seen}) == len(TEXTS)
+    greedy = [denoise(model, prompt, prompt_mask, [], L=L, S=S, block=BLOCK, temperature=0, budget=b)
+              for b in (None, 60)]
+    assert torch.equal(greedy[0].completion, greedy[1].completion)
+    assert len(seen[-1]) <= 60 // (prompt.shape[1] + L) < G  # without noise rows are on their own
+
+
+def test_any_end_token_ends_an_answer():
+    tokens = torch.tensor([[5, 7, 6, 5], [7, 6, 5, 5], [5, 5, 5, 5], [6, 7, 7, 6]])
+    expected = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    assert torch.equal(common.until_eos(tokens, (7, 6)), expected)
+    assert not torch.equal(common.until_eos(tokens, (7,)), expected)
+    model = sharp_model()
+    model.end_ids = (model.eos_id, 6)  # "2" ends an answer as well: <|eot_id|> beside <|endoftext|>
+    roll = rollout(model)
+    early = 0
+    for row, step in zip(roll.completion.tolist(), roll.step.tolist(), strict=True):
+        ends = [i for i, token in enumerate(row) if token in model.end_ids]
+        behind = L if not ends else -(-(ends[0] + 1) // BLOCK) * BLOCK
+        assert row[behind:] == [model.eos_id] * (L - behind) and set(step[behind:]) <= {S}
+        early += behind < L and row[ends[0]] == 6
+    assert early
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_greedy_fill_in_chunks(chunk, monkeypatch):
     model = sharp_model()
+    monkeypatch.setattr(common, "LOGITS", chunk * model.V)
     prompt, prompt_mask = padded_prompts(model, G)
     x = torch.randint(4, 14, (3 * G, L), generator=torch.Generator().manual_seed(0))
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = model.mask_id
     h = model.hidden(torch.cat([prompt, x], 1), common.attention(prompt_mask, L))[:, -L:]
     expected = torch.where(x == model.mask_id, model.head(h).argmax(-1), x)
     seen = record(model, monkeypatch, "head")
-    assert torch.equal(common.greedy_fill(model, x, h, chunk), expected)
+    assert torch.equal(common.greedy_fill(model, x, h), expected)
     assert max(len(part) for part in seen) <= chunk
 
 
@@ -317,8 +369,9 @@ def shifted_stub(shift: bool) -> Denoiser:
         return SimpleNamespace(last_hidden_state=20.0 * torch.eye(13)[following].expand(len(x), -1, -1))
 
     cpu = torch.device("cpu")
-    network = SimpleNamespace(model=backbone, head=torch.clone, decoder=torch.clone, device=cpu)
-    return Denoiser(network, tokenizer=None, mask_id=12, eos_id=11, pad_id=10, shift=shift)
+    network = SimpleNamespace(model=backbone, head=torch.clone, decoder=torch.clone, device=cpu,
+                              config=SimpleNamespace(vocab_size=13))
+    return Denoiser(network, tokenizer=None, mask_id=12, eos_id=11, pad_id=10, end_ids=(11,), shift=shift)
 
 
 @pytest.mark.parametrize("order", ["top_prob", "random"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import generators, padded_prompts, sharp_model
 
+import common
 from common import attention, canvas, denoise, micro_batches, per_step, score
 
 L, S, BLOCK, G = 12, 6, 4, 4
@@ -180,3 +181,30 @@ def test_per_step_equals_a_loop():
     torch.testing.assert_close(per_step(roll.logp, roll.step, roll.S), expected)
     tail = (roll.step == roll.S).float()
     assert tail.sum() > 0 and (per_step(tail, roll.step, roll.S) == 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 5, 10**6])
+def test_logits_are_read_in_parts_and_made_again_for_backward(size, monkeypatch):
+    model = sharp_model(OFTEN, torch.float64)
+    roll = rollout(model, temperature=0.7)
+    where = (roll.step >= 2) & roll.valid
+    x = canvas(roll, roll.step >= 2)
+
+    def gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        model.network.zero_grad()
+        found = score(model, x, roll.prompt_mask, roll.completion, where, 0.7)
+        found.sum().backward()
+        return found.detach(), torch.cat([p.grad.flatten() for p in model.network.parameters()])
+
+    monkeypatch.setattr(common, "LOGITS", 10**9)
+    value, whole = gradient()
+    monkeypatch.setattr(common, "LOGITS", size * model.V)
+    calls, real = [], model.head
+    monkeypatch.setattr(model, "head", lambda h: calls.append(len(h)) or real(h))
+    found, parts = gradient()
+    torch.testing.assert_close(found, value, atol=1e-12, rtol=0)
+    torch.testing.assert_close(parts, whole, atol=1e-10, rtol=1e-10)
+    M = int(where.sum())
+    in_forward = -(-M // size)
+    assert max(calls) == min(size, M)
+    assert len(calls) == (1 if in_forward == 1 else 2 * in_forward)

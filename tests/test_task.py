@@ -188,11 +188,12 @@ def test_reward_rows_reads_up_to_the_first_eos():
         seen.append((text, row))
         return sudoku_reward(text, row)
 
-    total, parts, texts = reward_rows(model, SimpleNamespace(reward=reward), completions, rows)
+    task = SimpleNamespace(reward=reward, parallel=False)
+    total, parts, texts = reward_rows(model, task, completions, rows)
     assert texts == [GOLD, GOLD, GOLD + "123", GOLD[:15], GOLD]
     assert seen == list(zip(texts, rows, strict=True))
     assert total.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
-    assert parts == {"correct": 3 / 5, "parse_fail": 2 / 5}
+    assert parts["correct"].tolist() == [1, 1, 0, 0, 1] and parts["parse_fail"].tolist() == [0, 0, 1, 1, 0]
 
 
 # --------------------------------------------------------------------------------------------- private draws

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model, toy_task
+from conftest import TEXTS, Tabular, generators, offer, padded_prompts, sharp_model, toy_task
 from test_methods import launch
 
 import common
+import models
 import wd1
-import tasks
 from common import canvas, denoise, encode, group_noise, until_eos
 from wd1 import clean_predictions, draw_steps, group_weights, hide_tokens, one_step_logp, trajectory_logp
 
@@ -231,7 +231,7 @@ def test_one_forward_per_prompt_equals_G_forwards(in_float64):
     for p, i, place in [(0, 0, 0), (0, 1, 5), (1, 0, 5), (1, 1, 8), (1, 2, 3), (1, 3, 0), (2, 2, 11)]:
         completion[p, i, place] = model.eos_id
     completion[0, 1, 9] = model.eos_id  # a second one counts for nothing
-    valid = until_eos(completion, model.eos_id)
+    valid = until_eos(completion, model.end_ids)
     weight = torch.randn(3, G, generator=gen, dtype=torch.float64)
 
     together = one_step_logp(model, shown, prompt_mask, completion, valid, T)
@@ -407,7 +407,7 @@ def run(monkeypatch, tmp_path):
     """Launch one update that moves nothing (lr 0): (model, metrics, what was drawn). The NFE it reports are
     the rows evaluated for gradients."""
     common.save_model(sharp_model(OFTEN), tmp_path / "model")
-    monkeypatch.setitem(tasks.TASKS, "toy", toy_task)
+    offer(monkeypatch, "toy", toy_task)
     drawn = {name: record(monkeypatch, name) for name in ("denoise", "hide_tokens", "draw_steps")}
     evaluated, real = [], common.Denoiser.hidden
 
@@ -424,7 +424,7 @@ def run(monkeypatch, tmp_path):
         rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
         metrics = next(row for row in rows if "loss" in row)
         assert metrics["nfe_update"] == sum(evaluated)
-        return common.load_model(str(tmp_path / "model")), metrics, drawn
+        return models.load_model(str(tmp_path / "model")), metrics, drawn
 
     return go
 

@@ -1,0 +1,313 @@
+"""What a model is here, how one is loaded and saved, and how much memory it will take.
+
+Real checkpoints, LLaDA, Dream, A2D and ModernBERT-chat, are loaded by stock transformers classes alone.
+
+`trust_remote_code` is never used: with a current transformers the hub's modelling code fails or, worse,
+gives silently wrong logits. It is not needed either: LLaDA is a Llama whose parameters have other names,
+Dream is a Qwen2 whose prediction for position i sits at i - 1, A2D is Qwen3, Qwen2 or Llama; all of them with
+a bidirectional attention mask. `config.is_causal = False` asks for it (transformers >= 5.2; before that it is
+ignored without a word, so load_model looks whether the last token moves the first prediction).
+
+    model_type                  for example
+    llada                       GSAI-ML/LLaDA-8B-Base, LLaDA-8B-Instruct, LLaDA-1.5
+    Dream                       Dream-org/Dream-v0-Instruct-7B, Dream-Coder-v0-*, apple/DiffuCoder-7B-*
+    a2d-qwen3, -qwen2, -llama   dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1
+    modernbert                  dllm-hub/ModernBERT-base-chat-v0.1, "tiny"
+    llama, qwen2, qwen3         what save_model wrote of one of these
+"""
+
+import math
+import os
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, ModernBertConfig,
+                          ModernBertForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config,
+                          Qwen3ForCausalLM)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # one bar at a time: ours
+transformers_logging.set_verbosity_error()  # what it would warn of, load_model refuses
+
+LOGITS = 2**26  # most logits made at once while scoring: 256 MiB in fp32
+
+
+def refuse(message: str):
+    """Wrong input: one line that says what is allowed, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass
+class Denoiser:
+    """A bidirectional network that predicts every masked token at once, and the ids a sampler needs."""
+
+    network: PreTrainedModel  # a stock transformers class, always in eval mode: no dropout
+    tokenizer: PreTrainedTokenizerBase
+    mask_id: int
+    eos_id: int  # fills what lies behind the end of an answer
+    pad_id: int
+    end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
+    shift: bool  # True (Dream): the prediction for position i sits at position i - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def V(self) -> int:
+        return self.network.config.vocab_size
+
+    def autocast(self):
+        """bf16 matrix products on CUDA over fp32 weights; plain fp32 on a CPU.
+
+        No cache of bf16 weights: a forward uses each weight once, so it would only cost memory."""
+        on = self.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16, enabled=on, cache_enabled=False)
+
+    def hidden(self, x: Tensor, attn: Tensor | None) -> Tensor:
+        """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""
+        positions = None
+        if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
+            positions = (attn.cumsum(1) - 1).clamp(min=0)
+        with self.autocast():
+            h = self.network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
+        return torch.cat([h[:, :1], h[:, :-1]], 1) if self.shift else h
+
+    def head(self, h: Tensor) -> Tensor:
+        """Hidden states (..., d) to logits (..., V) in at least fp32, the mask token excluded (-inf)."""
+        net = self.network
+        with self.autocast():
+            z = net.lm_head(h) if hasattr(net, "lm_head") else net.decoder(net.head(h))  # else: ModernBERT
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z[..., self.mask_id] = -math.inf
+        return z
+
+
+# ------------------------------------------------------------------------------------------ load and save
+
+STOCK = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+    "modernbert": (ModernBertForMaskedLM, ModernBertConfig),
+}
+KINDS = {"llada": "llama", "Dream": "qwen2", "a2d-qwen3": "qwen3", "a2d-qwen2": "qwen2", "a2d-llama": "llama"}
+
+# LLaDA's parameter names as Llama's. from_pretrained substitutes \1 only: one group per rule.
+LLADA_BLOCK = {
+    "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj", "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj",
+}
+LLADA_NAMES = {
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    **{rf"^model\.transformer\.blocks\.(\d+)\.{theirs}\.": rf"model.layers.\1.{ours}."
+       for theirs, ours in LLADA_BLOCK.items()},
+}
+LLADA_CONFIG = {
+    "hidden_size": "d_model", "intermediate_size": "mlp_hidden_size", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta", "max_position_embeddings": "max_sequence_length",
+    "attention_bias": "include_qkv_bias", "mlp_bias": "include_bias", "tie_word_embeddings": "weight_tying",
+    "pad_token_id": "pad_token_id", "eos_token_id": "eos_token_id",
+}
+LLADA_FIXED = {  # in every release; another value would change the network but not the parameters' names
+    "alibi": False, "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False,
+    "activation_type": "silu", "layer_norm_type": "rms",
+}
+
+MASKS = ("<|mask|>", "<|mdm_mask|>")
+ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "[/Answer]")  # any of them ends an answer
+# dllm's, and set in code there. (A template loses one newline at its end.)
+MODERNBERT_CHAT = "[Question]\n{{ messages[0]['content'] | trim }}\n[/Question]\n\n[Answer]\n\n"
+
+
+def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedConfig]:
+    """(model_type, config.json as it is, config for the stock class). Refuses what is no such model."""
+    hub_id = name.count("/") == 1 and name[0] not in "./~"
+    if not Path(name).is_dir() and not hub_id:
+        refuse(f"unknown model {name!r}: use 'tiny', a transformers folder, or a hub id such as "
+               "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1")
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
+        kind = raw.get("model_type")
+        if kind not in STOCK and kind not in KINDS:
+            refuse(f"{name} is a {kind!r} model; the kinds that can be loaded are: "
+                   f"{', '.join([*KINDS, *STOCK])}")
+        stays_causal = kind in ("llama", "qwen2", "qwen3") and raw.get("is_causal") is not False
+        if stays_causal or raw.get("is_causal"):
+            refuse(f"{name} is a causal {kind!r} model, never trained to fill masks")
+        fields = {k: v for k, v in raw.items() if k not in ("auto_map", "architectures", "model_type")}
+        if kind == "llada":
+            beyond = [k for k, v in LLADA_FIXED.items() if raw.get(k, v) != v]
+            if beyond:
+                refuse(f"{name} is a LLaDA that is no Llama: {', '.join(f'{k} {raw[k]!r}' for k in beyond)}")
+            fields = {ours: raw[theirs] for ours, theirs in LLADA_CONFIG.items()}
+            fields["vocab_size"] = raw.get("embedding_size") or raw["vocab_size"]
+        config = STOCK[KINDS.get(kind, kind)][1].from_dict(fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        refuse(f"{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}")
+    config.is_causal = False
+    config.use_cache = False
+    config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
+    return kind, raw, config
+
+
+def load_model(
+    name: str,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    mask_id: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> Denoiser:
+    """Load "tiny" (built by pretrain.py on first use), a transformers folder or a hub id, in fp32.
+
+    revision: commit or branch on the hub. mask_id: for a checkpoint that does not name its mask token.
+    Refuses (exit 2) what is no masked diffusion model, lacks a weight or has one too many, or is causal."""
+    if name == "tiny":
+        from pretrain import base_folder  # here, because pretrain.py itself is built on this file
+
+        name = str(base_folder())
+    kind, raw, config = read_config(name, revision)
+    hub = {"revision": revision or "main"}
+    names = LLADA_NAMES if kind == "llada" else None
+    try:  # Dream's own tokenizer class is remote code over Qwen2's files
+        tokenizer_class = Qwen2Tokenizer if kind == "Dream" else PreTrainedTokenizerFast
+        tokenizer = tokenizer_class.from_pretrained(name, **hub)
+        network, report = STOCK[KINDS.get(kind, kind)][0].from_pretrained(
+            name, config=config, key_mapping=names, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True, **hub)
+    except Exception as error:  # of any kind: tokenizers raises bare ones
+        refuse(f"{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}")
+    wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
+    if wrong:  # a missing key would be random weights, with no more than a log line
+        refuse(f"{name} does not hold the weights of its config.json: {wrong}")
+
+    vocabulary = tokenizer.get_vocab()
+    named = (raw.get("mask_token_id"), tokenizer.mask_token_id, *map(vocabulary.get, MASKS))
+    masks = [i for i in (mask_id, *named) if i is not None]
+    if not masks:
+        refuse(f"{name} does not say which token is its mask: give its id with --mask_id")
+    if masks[0] not in range(config.vocab_size):
+        refuse(f"mask id {masks[0]} is outside {name}'s vocabulary of {config.vocab_size}")
+    eos = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]  # ModernBERT: pad
+    if not eos:
+        refuse(f"{name} has no token that ends an answer; it has {tokenizer.special_tokens_map}")
+    pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    end_ids = tuple(dict.fromkeys([eos[0], *(vocabulary[t] for t in ENDS if t in vocabulary)]))
+    if kind == "modernbert" and tokenizer.chat_template is None and "[CLS]" in vocabulary:
+        tokenizer.chat_template = MODERNBERT_CHAT  # "tiny" has no words to chat with
+    network.config.mask_token_id = masks[0]
+    network.generation_config = GenerationConfig()  # theirs is for generate(), and Dream's cannot be saved
+    tokenizer.init_kwargs.pop("auto_map", None)  # names a file that is not saved
+    network.eval().to(device)
+    if gradient_checkpointing:
+        checkpoint_layers(network)
+    model = Denoiser(network, tokenizer, masks[0], eos[0], pad_id, end_ids, config.logits_shift)
+    if not is_bidirectional(model):
+        refuse(f"{name} is causal: a masked position does not see the tokens after it")
+    return model
+
+
+def checkpoint_layers(network: PreTrainedModel):
+    """Keep each layer's input alone and compute the layer again for backward."""
+    with warnings.catch_warnings(action="ignore"):  # of a name newer versions change
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in network.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True  # asks for it; its submodules stay in eval mode: no dropout
+
+
+@torch.no_grad()
+def is_bidirectional(model: Denoiser) -> bool:
+    """Does changing the last token move the first prediction? (Measured: a causal mask fails silently.)"""
+    x = torch.full((2, 8), model.mask_id, device=model.device)
+    x[1, -1] = model.eos_id
+    h = model.hidden(x, None)[:, 1]  # position 1: a shifted model reads it at position 0
+    return not torch.equal(h[0], h[1])
+
+
+def save_model(model: Denoiser, folder: Path):
+    """Write a transformers folder that load_model reads; only a complete new one replaces an old one."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.network.save_pretrained(fresh, save_original_format=False)  # else LLaDA's names, a Llama config
+    model.tokenizer.save_pretrained(fresh)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def predict_memory(
+    config: PreTrainedConfig, kind: str, *, L: int, block: int, G: int, budget: int,
+    gradient_checkpointing: bool, reference: bool, train: bool, bf16: bool,
+) -> dict[str, float]:
+    """Upper estimate of the peak, in GiB by part, from arithmetic alone: nothing is loaded.
+
+    Weights, gradients and Adam's two moments are fp32 (16 bytes per parameter). Activations: what one
+    micro-batch of `budget` tokens keeps for backward, measured with saved_tensors_hooks: at most
+    16 d + 8 f + 13 (q + 2 kv) bytes per token and layer in bf16 autocast, and the bf16 copies of the layers'
+    weights; with gradient checkpointing one layer of that, and the fp32 input of each. Logits: the larger of
+    a scored chunk with the head's gradient, and of a rollout's block in float64."""
+    with torch.device("meta"):
+        network = STOCK[kind][0](config)
+    d, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or d // heads  # ModernBERT has neither
+    kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    in_layers = sum(p.numel() for p in network.model.layers.parameters())
+    N = sum(p.numel() for p in network.parameters())
+    if config.tie_word_embeddings and kind != "modernbert":
+        N += V * d  # a hub file may hold both and untie them
+    per_token = 16 * d + 8 * config.intermediate_size + 13 * (heads * head_dim + 2 * kv)
+    kept = layers * budget * per_token * (1 if bf16 else 2) + (2 * in_layers if bf16 else 0)
+    if gradient_checkpointing:
+        kept = kept / layers + 4 * d * budget * layers
+    kept += 16 * d * budget  # the embeddings and the last norm
+    rollout = 36 * max(G, budget // L) * block * V
+    scoring = 16 * min(LOGITS, budget * V) + 6 * V * d
+    parts = {"weights": 4 * N, "gradients": 4 * N, "Adam": 8 * N, "reference": 4 * N * reference,
+             "activations": kept, "logits": max(rollout, scoring)}
+    if not train:
+        parts = {"weights": 4 * N, "logits": rollout}
+    return {k: v / 2**30 for k, v in parts.items()}
+
+
+def plan_memory(args, device: torch.device):
+    """Print the predicted peak before anything is loaded; refuse a model that cannot fit."""
+    if args.model == "tiny":
+        return
+    kind, _, config = read_config(args.model, args.revision)
+    cuda = device.type == "cuda"
+    parts = predict_memory(
+        config, KINDS.get(kind, kind), L=args.L, block=args.block, G=args.G, budget=args.budget,
+        gradient_checkpointing=args.gradient_checkpointing, train=not args.eval_only, bf16=cuda,
+        reference=vars(args).get("beta", 0) > 0)  # wd1 has none
+    if cuda:
+        have = torch.cuda.mem_get_info(device)[0]
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    have, need = have / 2**30, sum(parts.values())
+    listed = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib)
+    print(f"memory, predicted peak: {need:.1f} GiB of {have:.1f} ({listed})", flush=True)
+    if need > have:
+        fixed = sum(gib for name, gib in parts.items() if name not in ("activations", "logits", "reference"))
+        remedy = "lower --budget or --G, add --gradient_checkpointing, or set --beta 0 (no reference)"
+        if fixed > have:
+            remedy = "no setting helps: choose a smaller model or a larger GPU (the README has a table)"
+        refuse(f"{args.model} needs {need:.1f} GiB and {device} has {have:.1f}; {remedy}")

@@ -1,0 +1,76 @@
+"""Peak memory of one rollout and of one update at a real vocabulary, against the naive way.
+
+Tiny body, V = 151 936 (Qwen), rows of 200 + 256 tokens, on a CPU in fp32: 8 rows in the update, 2 in the
+rollout (the naive one would take 18 GiB with 8). Naive: logits, float64 noise and probabilities of the whole
+canvas at every step; log_softmax of the whole canvas in the update. Ours scores the whole completion, the
+most any method does. Each measurement is a process of its own: its peak above what it had loaded.
+
+python results/memory.py        one to two minutes
+"""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common  # noqa: E402
+
+P, L, BLOCK = 200, 256, 32
+WAYS = ("rollout, naive", "rollout", "update, naive", "update")
+
+
+def tiny_body() -> common.Denoiser:
+    """Two layers of width 64 under the vocabulary of Qwen3; random weights."""
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, is_causal=False, use_cache=False)
+    return common.Denoiser(Qwen3ForCausalLM(config).eval(), None, 151669, 151645, 151643, (151645,), False)
+
+
+def naive_step(model: common.Denoiser, x: torch.Tensor, n: int):
+    """One step of LLaDA's sampler: noise and confidence of the whole canvas in float64, n tokens revealed."""
+    logits = model.head(model.hidden(x, None))  # (B, P+L, V)
+    noise = torch.rand(logits.shape, dtype=torch.float64, device=x.device)
+    token = (logits.double().exp() / -noise.log()).argmax(-1)
+    confidence = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
+    at = confidence.masked_fill(x != model.mask_id, -torch.inf).topk(n).indices
+    return x.scatter(1, at, token.gather(1, at))
+
+
+def measure(way: str) -> float:
+    """GiB above what was loaded."""
+    model, rows = tiny_body(), 8 if way.startswith("update") else 2
+    prompt = torch.randint(151643, (rows, P))
+    x = torch.cat([prompt, torch.full((rows, L), model.mask_id)], 1)
+    target = torch.randint(151643, (rows, L))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if way == "rollout, naive":
+        with torch.no_grad():
+            naive_step(model, x, L // 8)
+    elif way == "rollout":  # eight steps, one per block
+        common.denoise(model, prompt, prompt >= 0, [common.generator("cpu", 0)], L=L, S=8, block=BLOCK)
+    elif way == "update, naive":
+        logp = model.head(model.hidden(x, None)).log_softmax(-1)[:, P:].gather(-1, target[..., None])
+        logp.sum().backward()
+    else:
+        where = torch.ones_like(target, dtype=torch.bool)
+        common.score(model, x, prompt >= 0, target, where, 1.0).sum().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(measure(sys.argv[1]))
+    else:
+        peak = {}
+        for way in WAYS:
+            run = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, check=True)
+            peak[way] = float(run.stdout)
+        for what in ("rollout", "update"):
+            naive, ours = peak[f"{what}, naive"], peak[what]
+            print(f"{what}: {ours:.2f} GiB, naive {naive:.2f} GiB: 1/{naive / ours:.1f}")

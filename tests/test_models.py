@@ -1,0 +1,533 @@
+"""models.py on all six layouts: logits equal to a hand-written forward, ids, saving, templates, refusals.
+
+Expected values come from checkpoints.py, which shares no code with models.py or with transformers' models."""
+
+import copy
+import dataclasses
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import checkpoints
+import pytest
+import torch
+from checkpoints import DROP, LAYOUTS, reference_logits, write
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+import common
+from models import load_model
+
+X = torch.randint(0, 250, (2, 22), generator=torch.Generator().manual_seed(0))
+PAD = 9  # more than half a local window: some padded rows see nothing at all
+
+# layout: mask, eos and pad token, further tokens that end an answer, shift, model_type once saved
+FACTS = {
+    "llada": ("<|mdm_mask|>", "<|endoftext|>", "<|endoftext|>", ["<|eot_id|>"], False, "llama"),
+    "dream": ("<|mask|>", "<|endoftext|>", "<|endoftext|>", ["<|im_end|>"], True, "qwen2"),
+    "a2d-qwen3": ("<|mask|>", "<|im_end|>", "<|endoftext|>", ["<|endoftext|>"], False, "qwen3"),
+    "a2d-qwen2": ("<|mask|>", "<|im_end|>", "<|endoftext|>", ["<|endoftext|>"], False, "qwen2"),
+    "a2d-llama": ("<|mask|>", "<|eot_id|>", "<|eot_id|>", [], False, "llama"),
+    "modernbert": ("[MASK]", "[PAD]", "[PAD]", ["<|endoftext|>"], False, "modernbert"),
+}
+LLAMA3_PROMPT = ("<|start_header_id|>user<|end_header_id|>\n\ntext<|eot_id|>"
+                 "<|start_header_id|>assistant<|end_header_id|>\n\n")
+CHATML_PROMPT = "<|im_start|>user\ntext<|im_end|>\n<|im_start|>assistant\n"
+PROMPTS = {
+    "llada": "<|startoftext|>" + LLAMA3_PROMPT,
+    "dream": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML_PROMPT,
+    "a2d-qwen3": CHATML_PROMPT + "<think>\n\n</think>\n\n",
+    "a2d-qwen2": "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+                 "<|im_end|>\n" + CHATML_PROMPT,
+    "a2d-llama": "<|begin_of_text|>" + LLAMA3_PROMPT,
+    "modernbert": "[Question]\ntext\n[/Question]\n\n[Answer]\n",
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def case(request, tmp_path_factory):
+    """A checkpoint, loaded, saved, loaded again, saved and loaded once more. Not to be changed."""
+    layout, folder = request.param, tmp_path_factory.mktemp(request.param)
+    written = write(layout, folder / "hub")
+    model = load_model(str(folder / "hub"))
+    common.save_model(model, folder / "saved")
+    again = load_model(str(folder / "saved"))
+    common.save_model(again, folder / "twice")
+    twice = load_model(str(folder / "twice"))
+    yield SimpleNamespace(layout=layout, folder=folder, written=written, model=model, again=again,
+                          twice=twice)
+    assert not list(folder.rglob("EXECUTED"))
+
+
+@pytest.fixture(autouse=True)
+def no_remote_code(monkeypatch, tmp_path):
+    """In every test: no code of a checkpoint runs, and nobody is asked whether it may."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    yield
+    assert not asked
+    assert not list(tmp_path.rglob("EXECUTED"))
+
+
+@torch.no_grad()
+def logits(model, x=X, attn=None):
+    return model.head(model.hidden(x, attn))
+
+
+def expected(layout, written, x=X, pad_mask=None):
+    """The reference, shifted the way load_model's models are (position 0 of a shifted one has no meaning)."""
+    z = reference_logits(layout, written, x, pad_mask)
+    return torch.cat([z[:, :1], z[:, :-1]], 1) if FACTS[layout][4] else z
+
+
+def assert_same(z, want, model, tolerance=1e-4):
+    """Logits (B, T, V) equal, except for the mask token, which has -inf, and a shifted model's position 0."""
+    start = int(model.shift)
+    assert (z[..., model.mask_id] == -torch.inf).all()
+    keep = torch.arange(z.shape[-1]) != model.mask_id
+    assert z[..., keep].isfinite().all()
+    z, want = (t[:, start:, keep].double() for t in (z, want))
+    torch.testing.assert_close(z, want, rtol=tolerance, atol=tolerance)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not DROP}))
+
+
+def edit_weights(folder, edit):
+    """`edit` changes the dictionary of tensors in place."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    checkpoints.write_weights(folder, tensors)
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+def test_logits_equal_the_hand_written_forward(case):
+    z = logits(case.model)
+    assert z.dtype == torch.float32
+    want = expected(case.layout, case.written)
+    assert_same(z, want, case.model)
+    double = dataclasses.replace(case.model, network=copy.deepcopy(case.model.network).double())
+    assert_same(logits(double), want, case.model, 1e-5)  # norms and RoPE compute in fp32 even here
+
+
+WRONG = {  # a field and what it would be if it were dropped: its class's default
+    "llada": {"rope_theta": 1e4, "rms_norm_eps": 1e-6},
+    "dream": {"rope_theta": 1e4, "rms_norm_eps": 1e-6},
+    "a2d-qwen3": {"rope_theta": 1e4, "rms_norm_eps": 1e-6},
+    "a2d-qwen2": {"rope_theta": 1e4, "rms_norm_eps": 1e-6},
+    "a2d-llama": {"rope_parameters": {"rope_theta": 1e4}, "rms_norm_eps": 1e-6},
+    "modernbert": {"global_rope_theta": 160000.0, "local_rope_theta": 1e4, "local_attention": 128,
+                   "global_attn_every_n_layers": 1, "norm_eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize(("layout", "field"), [(k, field) for k in LAYOUTS for field in WRONG[k]])
+def test_a_dropped_field_would_be_seen(layout, field, tmp_path):
+    """Of the test above: it tells the right value of a field from the default."""
+    written = write(layout, tmp_path)
+    changed = written | {"config": written["config"] | {field: WRONG[layout][field]}}
+    difference = reference_logits(layout, written, X) - reference_logits(layout, changed, X)
+    assert difference.abs().max() > 0.01
+
+
+def test_shift(case):
+    """Dream's network predicts a position at the one before (load_model undoes it); the others in place."""
+    z, plain = logits(case.model)[:, 1:], reference_logits(case.layout, case.written, X)
+    here, before = ((z - want).abs().nan_to_num(posinf=0).max() for want in (plain[:, 1:], plain[:, :-1]))
+    assert (here < 1e-3) == (case.layout != "dream")
+    assert (before < 1e-3) == (case.layout == "dream")
+
+
+def test_every_position_sees_every_other(case):
+    """Of the loaded and of the saved model. Through local layers too: one layer is global."""
+    other = X.clone()
+    other[:, -1] = (X[:, -1] + 1) % 250
+    first = int(case.model.shift)  # where the prediction from the first position is
+    for model in (case.model, case.again):
+        difference = logits(model, other)[:, first] - logits(model)[:, first]
+        assert difference.nan_to_num().abs().amax(-1).min() > 0.01
+
+
+def test_padding_changes_nothing(case):
+    """Left-padded rows equal the same rows alone; a row without padding is not touched by its neighbour's."""
+    model, T = case.model, X.shape[1]
+    padded = torch.cat([torch.full((2, PAD), model.pad_id), X], 1)
+    padded[1] = torch.cat([X[1], X[1, :PAD]])
+    attn = torch.ones(2, PAD + T, dtype=torch.bool)
+    attn[0, :PAD] = False
+    z = logits(model, padded, attn)
+    assert_same(z[:1, PAD:], logits(model)[:1], model, 1e-5)
+    assert_same(z[1:], logits(model, padded[1:]), model, 1e-5)
+    want = expected(case.layout, case.written, padded, attn)
+    assert_same(z[:1, PAD:], want[:1, PAD:], model)
+    assert_same(z[1:], want[1:], model)
+    unmasked = (logits(model, padded)[0, PAD + 1 :] - z[0, PAD + 1 :]).nan_to_num().abs().max()
+    assert unmasked > 0.01  # without the mask it would have
+
+
+def test_parameters(case):
+    """fp32 whatever the file's dtype, all trainable, eval mode."""
+    tensors = load_file(case.folder / "hub" / "model.safetensors").values()
+    assert {t.dtype for t in tensors} == {torch.float32 if case.layout == "modernbert" else torch.bfloat16}
+    assert {p.dtype for p in case.model.network.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in case.model.network.parameters())
+    assert not any(module.training for module in case.model.network.modules())
+
+
+def test_tied_weights(case):
+    """Equal matrices are one parameter, two different ones stay two, whatever config.json says; saved too."""
+    for model in (case.model, case.twice):
+        head = model.network.get_output_embeddings().weight
+        embedding = model.network.get_input_embeddings().weight
+        assert (head is embedding) == (case.layout in ("a2d-qwen3", "modernbert"))
+        if case.layout == "a2d-qwen2":
+            assert torch.equal(head, case.written["tensors"]["lm_head.weight"])
+            assert not torch.equal(head, embedding)
+
+
+@pytest.mark.parametrize(("layout", "tied"), [("a2d-qwen3", {}), ("llada", {"weight_tying": True})])
+def test_a_tied_head_may_be_absent(layout, tied, tmp_path):
+    written = write(layout, tmp_path, **tied)
+    names = checkpoints.LLADA_NAMES if layout == "llada" else checkpoints.HF_NAMES
+    edit_weights(tmp_path, lambda tensors: tensors.pop(names["head"]))
+    written["tensors"][names["head"]] = written["tensors"][names["embed"]]
+    model = load_model(str(tmp_path))
+    assert model.network.lm_head.weight is model.network.model.embed_tokens.weight
+    assert_same(logits(model), expected(layout, written), model)
+
+
+def test_sharded_weights(tmp_path, capfd):
+    written = write("llada", tmp_path, shards=2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    model = load_model(str(tmp_path))
+    assert_same(logits(model), expected("llada", written), model)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    refused(capfd, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- ids
+
+
+def test_special_ids(case):
+    mask, eos, pad, ends, shift, _ = FACTS[case.layout]
+    ids = case.written["ids"]
+    for model in (case.model, case.again, case.twice):
+        assert (model.mask_id, model.eos_id, model.pad_id) == (ids[mask], ids[eos], ids[pad])
+        assert isinstance(model.end_ids, tuple)
+        assert sorted(model.end_ids) == sorted(ids[token] for token in (eos, *ends))
+        assert model.shift == shift
+
+
+NO_MASK = {"added": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+           "special": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "unk_token": DROP}}
+MASKS = [  # layout, how it is written, mask_id=, the id or token that counts
+    ("a2d-qwen3", {"mask_token_id": 7}, None, 7),  # config.json before the tokenizer
+    ("a2d-qwen3", {"mask_token_id": 0}, None, 0),  # 0 is an id like others
+    ("a2d-qwen3", {"mask_token_id": None}, None, "<|mask|>"),
+    ("a2d-qwen3", {"special": {"mask_token": "<|im_start|>"}}, None, "<|im_start|>"),  # its mask token next
+    ("a2d-qwen2", {}, None, "<|mask|>"),  # then a token of that name
+    ("llada", {"mask_token_id": DROP}, None, "<|mdm_mask|>"),
+    ("llada", {}, 9, 9),  # the argument before all of them
+    ("llada", {}, 0, 0),
+    ("a2d-qwen3", {}, 9, 9),
+    ("a2d-qwen2", NO_MASK, 9, 9),
+    ("a2d-qwen2", NO_MASK, 0, 0),
+    ("a2d-qwen2", {}, 287, 287),  # a row of the matrices that is no token
+]
+
+
+@pytest.mark.parametrize(("layout", "how", "argument", "want"), MASKS)
+def test_mask_id(layout, how, argument, want, tmp_path):
+    """Where it comes from; it is the one that is excluded; it is kept by save_model."""
+    written = write(layout, tmp_path / "hub", **how)
+    model = load_model(str(tmp_path / "hub"), mask_id=argument)
+    want = written["ids"].get(want, want)
+    assert model.mask_id == want
+    assert_same(logits(model), expected(layout, written), model)
+    common.save_model(model, tmp_path / "saved")
+    assert load_model(str(tmp_path / "saved")).mask_id == want
+
+
+NO_MASKS = {
+    "a2d-qwen2": NO_MASK,
+    "dream": {"added": NO_MASK["added"], "mask_token_id": DROP,
+              "special": NO_MASK["special"] | {"bos_token": DROP, "mask_token": DROP}},
+    "modernbert": {"added": ["[UNK]", "[CLS]", "[SEP]", "[PAD]"], "special": {"mask_token": DROP}},
+}
+
+
+@pytest.mark.parametrize("layout", NO_MASKS)
+def test_no_mask_token_anywhere(layout, tmp_path, capfd):
+    """The token for unknown words is not the mask: [UNK], or Qwen2Tokenizer's default, <|endoftext|>."""
+    write(layout, tmp_path, **NO_MASKS[layout])
+    assert "--mask_id" in refused(capfd, tmp_path)
+
+
+def test_end_of_an_answer_as_a_single_token(tmp_path):
+    """[/Answer]; and a tokenizer whose eos is its padding, as dllm's training saves it."""
+    added = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[/Answer]"]
+    ids = write("modernbert", tmp_path, added=added, special={"eos_token": "[PAD]"})["ids"]
+    model = load_model(str(tmp_path))
+    assert model.eos_id == model.pad_id == ids["[PAD]"]
+    assert sorted(model.end_ids) == sorted([ids["[PAD]"], ids["[/Answer]"]])
+
+
+# ----------------------------------------------------------------------------------------------------- saving
+
+
+def test_saved_and_loaded_again_it_is_the_same_model(case):
+    """Bit for bit, padded and not, after one and two round trips."""
+    attn = torch.ones_like(X, dtype=torch.bool)
+    attn[0, :PAD] = False
+    for mask in (None, attn):
+        z = logits(case.model, X, mask)
+        assert torch.equal(logits(case.again, X, mask), z)
+        assert torch.equal(logits(case.twice, X, mask), z)
+
+
+def test_saved_files(case):
+    """An ordinary transformers folder: stock model_type and names, no remote code; decoders not causal."""
+    for name in ("saved", "twice"):
+        config = json.loads((case.folder / name / "config.json").read_text())
+        assert config["model_type"] == FACTS[case.layout][5]
+        if case.layout != "modernbert":
+            assert config["is_causal"] is False
+        for file in ("config.json", "tokenizer_config.json"):
+            assert "auto_map" not in json.loads((case.folder / name / file).read_text())
+        assert not list((case.folder / name).glob("*.py"))
+        stored = load_file(case.folder / name / "model.safetensors").keys()
+        head = case.model.network.get_output_embeddings().weight
+        names = set(case.model.network.state_dict())
+        if head is case.model.network.get_input_embeddings().weight:
+            names -= {"lm_head.weight", "decoder.weight"}
+        assert set(stored) == names
+        assert not any("transformer" in key for key in stored)  # LLaDA's names
+
+
+def test_saved_folder_in_plain_transformers(case):
+    auto = AutoModelForMaskedLM if case.layout == "modernbert" else AutoModelForCausalLM
+    network = auto.from_pretrained(case.folder / "saved").eval()
+    with torch.no_grad():
+        z = network(X).logits
+        assert torch.equal(z, case.model.network(X).logits)
+    want = reference_logits(case.layout, case.written, X)
+    torch.testing.assert_close(z.double(), want, rtol=1e-4, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(case.folder / "saved")
+    text = PROMPTS[case.layout] + "the other 31"
+    ids = case.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    if case.layout != "modernbert":  # what a loader that drops the field would get
+        config = AutoConfig.from_pretrained(case.folder / "saved")
+        config.is_causal = True
+        with torch.no_grad():
+            causal = auto.from_pretrained(case.folder / "saved", config=config).eval()(X).logits
+        assert (causal - z)[:, 0].abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------- text and prompts
+
+
+def test_chat_prompt(case):
+    """Of the loaded and the saved model; LLaDA's header once, though its template ignores the question."""
+    for model in (case.model, case.again, case.twice):
+        assert common.chat_prompt(model, "text") == PROMPTS[case.layout]
+
+
+def test_a_template_in_the_folder_counts(tmp_path):
+    write("modernbert", tmp_path, special={"chat_template": "{{ messages[0].content }}!"})
+    assert common.chat_prompt(load_model(str(tmp_path)), "text") == "text!"
+
+
+def test_prompts_become_ids(case):
+    """Each special token of the prompt is one id, none is added, and the ids spell the prompt."""
+    prompt, ids = PROMPTS[case.layout], case.written["ids"]
+    special = [ids[token] for token in re.findall(r"<\|\w+\|>|</?think>", prompt)]
+    for model in (case.model, case.again):
+        tokens, mask = common.encode(model, [prompt])
+        assert mask.all()
+        assert tokens[tokens >= case.written["base"]].tolist() == special
+        assert model.tokenizer.decode(tokens[0]) == prompt
+
+
+def test_special_tokens_are_not_part_of_an_answer(case):
+    text = "the other 31\n\nthere"
+    for model in (case.model, case.again):
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert max(ids) < case.written["base"] and len(ids) < len(text)  # merged: "he", "er", " the"
+        ids += [*model.end_ids, model.mask_id, model.pad_id]
+        assert model.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+# ------------------------------------------------------------------------------------- gradient checkpointing
+
+DROPOUT = {"llada": ["attention", "residual", "embedding"], "modernbert": ["attention", "mlp", "embedding"]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_checkpointing(layout, tmp_path):
+    """Same gradients, each layer computed twice; and still no dropout, though config.json has some."""
+    names = [f"{part}_dropout" for part in DROPOUT.get(layout, ["attention"])]
+    written = write(layout, tmp_path, **dict.fromkeys(names, 0.5))
+    grads, counts = [], []
+    for checkpointing in (False, True):
+        model = load_model(str(tmp_path), gradient_checkpointing=checkpointing)
+        count = [0, 0]
+        for i, layer in enumerate(model.network.model.layers):  # pre: a recomputation may end in the mlp
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i, n=count: n.__setitem__(i, n[i] + 1))
+        assert not model.network.training
+        z = model.head(model.hidden(X, None))
+        assert_same(z.detach(), expected(layout, written), model)
+        z.logsumexp(-1).mean().backward()
+        grads.append({k: p.grad for k, p in model.network.named_parameters()})
+        counts.append(list(count))
+        assert torch.equal(logits(model), z.detach())  # without gradients: nothing is computed twice
+        assert count == [counts[-1][0] + 1, counts[-1][1] + 1]
+    assert counts == [[1, 1], [2, 2]]
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- hub and refusals
+
+
+def test_revision(tmp_path, monkeypatch):
+    """Config, tokenizer and weights are those of the revision. A hub cache on disk, offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, written = tmp_path / "models--somebody--dream", {}
+    (repo / "refs").mkdir(parents=True)
+    for ref, letter, special in (("main", "a", {}), ("other", "b", {"eos_token": "<|im_end|>"})):
+        (repo / "refs" / ref).write_text(40 * letter)
+        written[ref] = write("dream", repo / "snapshots" / (40 * letter), seed=ord(letter), special=special,
+                             mask_token_id=ord(letter))
+    for revision, ref in ((None, "main"), ("main", "main"), ("other", "other"), (40 * "b", "other")):
+        model = load_model("somebody/dream", revision=revision)
+        assert model.mask_id == written[ref]["config"]["mask_token_id"]
+        assert model.eos_id == written[ref]["ids"]["<|im_end|>" if ref == "other" else "<|endoftext|>"]
+        assert_same(logits(model), expected("dream", written[ref]), model)
+
+
+def refused(capfd, name, **arguments) -> str:
+    """The line with which load_model refuses, less the name; nothing else is printed, exit status 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        load_model(str(name), **arguments)
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert out == ""
+    assert str(name) in err
+    return err.replace(str(name), "")
+
+
+REFUSED = {  # how it is written, and what the line must name
+    "plain Qwen3": ("a2d-qwen3", {"model_type": "qwen3", "auto_map": DROP}, "qwen3"),
+    "plain Qwen2": ("a2d-qwen2", {"model_type": "qwen2", "auto_map": DROP}, "qwen2"),
+    "plain Llama": ("a2d-llama", {"model_type": "llama"}, "llama"),
+    "causal": ("a2d-qwen3", {"model_type": "qwen3", "auto_map": DROP, "is_causal": True}, "causal"),
+    "perhaps causal": ("a2d-qwen3", {"model_type": "qwen3", "auto_map": DROP, "is_causal": None}, "qwen3"),
+    "causal ModernBERT": ("modernbert", {"is_causal": True}, "causal"),
+    "unknown type": ("a2d-llama", {"model_type": "gpt2"}, "gpt2"),
+    "foreign type": ("dream", {"model_type": "sdar"}, "sdar"),
+    "no type": ("a2d-llama", {"model_type": DROP}, "a2d-qwen3"),  # it lists what there is
+    "mask outside": ("llada", {"mask_token_id": 320}, "320"),
+    "mask negative": ("llada", {"mask_token_id": -1}, "-1"),
+    "alibi": ("llada", {"alibi": True, "rope": False}, "alibi"),
+    "scaled logits": ("llada", {"scale_logits": True}, "scale_logits"),
+    "input norm": ("llada", {"input_emb_norm": True}, "input_emb_norm"),
+    "another activation": ("llada", {"activation_type": "gelu"}, "activation_type"),
+    "another norm": ("llada", {"layer_norm_type": "default"}, "layer_norm_type"),
+    "fewer layers": ("a2d-llama", {"num_hidden_layers": 1}, "layers.1."),
+    "more layers": ("llada", {"n_layers": 3}, "layers.2."),
+    "more rows": ("dream", {"vocab_size": 400}, "embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_config(what, tmp_path, capfd):
+    """The files are right but for config.json."""
+    layout, changes, needle = REFUSED[what]
+    write(layout, tmp_path)
+    edit_config(tmp_path, **changes)
+    assert needle in refused(capfd, tmp_path)
+
+
+@pytest.mark.parametrize("mask_id", [320, -1, 10**6])
+def test_refused_mask_argument(mask_id, tmp_path, capfd):
+    write("llada", tmp_path)
+    assert str(mask_id) in refused(capfd, tmp_path, mask_id=mask_id)
+
+
+def truncate(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+
+
+DAMAGE = {
+    "missing key": ("llada", lambda t: t.pop("model.transformer.blocks.1.up_proj.weight"), "up_proj"),
+    "missing head": ("dream", lambda t: t.pop("lm_head.weight"), "lm_head"),
+    "missing bias": ("a2d-qwen2", lambda t: t.pop("model.layers.0.self_attn.k_proj.bias"), "k_proj"),
+    "missing head norm": ("modernbert", lambda t: t.pop("head.norm.weight"), "head.norm"),
+    "unexpected key": ("a2d-qwen3", lambda t: t.update(extra=torch.ones(2)), "extra"),
+    "unexpected in LLaDA": ("llada", lambda t: t.update({"model.transformer.wpe.weight": X[0]}), "wpe"),
+    "wrong shape": ("dream", lambda t: t.update({"model.norm.weight": torch.ones(32)}), "model.norm"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_refused_weights(what, tmp_path, capfd):
+    """Anything else would leave random weights, with no more than a line in a log."""
+    layout, edit, needle = DAMAGE[what]
+    write(layout, tmp_path)
+    edit_weights(tmp_path, edit)
+    assert needle in refused(capfd, tmp_path)
+
+
+def test_refused_names_of_another_layout(tmp_path, capfd):
+    """LLaDA's tensors beside a Llama config, which is what an ordinary save_pretrained leaves behind."""
+    write("a2d-llama", tmp_path)
+    tensors = write("llada", tmp_path / "llada")["tensors"]
+    checkpoints.write_weights(tmp_path, tensors)
+    refused(capfd, tmp_path)
+    edit_config(tmp_path, model_type="llama", is_causal=False)
+    refused(capfd, tmp_path)
+
+
+BROKEN = {
+    "weights cut off": truncate("model.safetensors"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "config is a list": lambda folder: (folder / "config.json").write_text("[]"),
+    "config cut off": lambda folder: (folder / "config.json").write_text('{"model_type": '),
+    "tokenizer cut off": truncate("tokenizer.json"),
+    "no tokenizer": lambda folder: [file.unlink() for file in folder.glob("*token*")],
+    "no folder": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_refused_folder(what, tmp_path, capfd):
+    folder = tmp_path / "checkpoint"
+    write("a2d-llama", folder)
+    BROKEN[what](folder)
+    refused(capfd, folder)
+
+
+def test_refused_hub_id(capfd):
+    """Offline (see no_remote_code): it cannot be reached."""
+    refused(capfd, "nobody/no-such-model")
+
+
+def test_the_trap_works(tmp_path, monkeypatch):
+    """Of every test here: trusted, the code in the folder would have left its trace."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    write("llada", tmp_path / "hub")
+    with pytest.raises(AttributeError):
+        AutoConfig.from_pretrained(tmp_path / "hub", trust_remote_code=True)
+    (tmp_path / "hub" / "EXECUTED").unlink()

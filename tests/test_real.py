@@ -1,0 +1,207 @@
+"""Real checkpoints from end to end: each method on each layout and each task, memory, evaluation on disk.
+
+Weights are random and tiny, so nothing is learned; layouts, tokenizers, chat templates, rewards and the loop
+are the real ones."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from checkpoints import LAYOUTS, write
+from conftest import sharp_model
+from test_methods import METHODS, launch, lines, same_run
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import common
+import models
+import tasks
+
+QUESTIONS = [f"What is {a} plus {a + 1}?" for a in range(20)]
+BOARDS = ["0140432014020000,2143432114323214", "3102200002100320,3142243142131324"]
+CHECK = "\n\ndef check(candidate):\n    assert f({0}) == {0}\n    assert f(0) == 0\n\ncheck(f)"
+ROWS = {  # as the local files have them
+    "gsm8k": [{"question": q, "ground_truth_answer": str(2 * a + 1)} for a, q in enumerate(QUESTIONS)],
+    "math": [{"question": q, "ground_truth_answer": f"\\frac{{{a}}}{{7}}"} for a, q in enumerate(QUESTIONS)],
+    "sudoku": [dict(zip(("Puzzle", "Solution"), row.split(","), strict=True)) for row in BOARDS],
+    "countdown": [{"input": f"{a},{a + 1},3", "output": "10"} for a in range(20)],
+    "mbpp": [{"question": q, "test_list": [CHECK.format(a)]} for a, q in enumerate(QUESTIONS)],
+}
+SHAPE = ("--prompts 1 --G 2 --L 16 --S 4 --block 8 --budget 600 --eval_rows 2 --eval_every 2 --save_every 1 "
+         "--seed 3").split()
+OWN = {"egspo": ["--K", 2], "rldf": ["--k", 2], "wd1": ["--passes", 2], "gdsd": ["--passes", 2]}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    files = {}
+    for task, rows in ROWS.items():
+        files[task] = str(folder / f"{task}.{'csv' if task == 'sudoku' else 'json'}")
+        with open(files[task], "w", newline="") as file:
+            if task == "sudoku":
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                json.dump(rows, file)
+    return files
+
+
+# Every method with every layout; the tasks take turns, so that each meets every method.
+RUNS = [(method, layout, list(ROWS)[(m + i) % 5]) for m, method in enumerate(METHODS)
+        for i, layout in enumerate(LAYOUTS)]
+
+
+@pytest.fixture
+def with_a_gradient(monkeypatch):
+    """Random weights earn nothing: a number that depends on the text is added to each real reward."""
+    real = tasks.load
+
+    def load(name, **options):
+        task = real(name, **options)
+
+        def reward(text: str, row: dict):
+            total, parts = task.reward(text, row)
+            return total + sum(map(ord, text)) % 7 / 6, parts
+
+        return dataclasses.replace(task, reward=reward)
+
+    monkeypatch.setattr(tasks, "load", load)
+
+
+@pytest.mark.parametrize("method, layout, task", RUNS)
+def test_two_updates_and_resume(method, layout, task, data, tmp_path, monkeypatch, with_a_gradient):
+    monkeypatch.setattr(common, "plot", lambda *_: None)  # it would take half of the time
+    write(layout, tmp_path / "model")
+    argv = ["--model", tmp_path / "model", "--task", task, "--data", data[task], *SHAPE, *OWN[method]]
+    launch(method, *argv, "--steps", 2, "--out", tmp_path / "whole")
+    launch(method, *argv, "--steps", 1, "--out", tmp_path / "two")
+    launch(method, "--resume", tmp_path / "two", "--steps", 2)
+    same_run(tmp_path / "whole", tmp_path / "two")
+    rows = [row for row in lines(tmp_path / "whole") if "reward" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["skipped"] == 0 for row in rows) and max(row["grad_norm"] for row in rows) > 0
+    before = models.load_model(str(tmp_path / "model"))
+    after = models.load_model(str(tmp_path / "whole" / "model"))
+    assert (after.mask_id, after.end_ids, after.shift) == (before.mask_id, before.end_ids, before.shift)
+    assert common.chat_prompt(after, "1 + 1?") == common.chat_prompt(before, "1 + 1?")
+
+
+# ------------------------------------------------------------------------------------- settings, evaluation
+
+
+def settings(monkeypatch, method: str, *argv):
+    module = importlib.import_module(method)
+    monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, argv)])
+    return common.parse_args(module.Args, method, module.LLM)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_reads_words_starts_from_the_papers_settings(method, tmp_path, monkeypatch):
+    write("a2d-qwen3", tmp_path / "real")
+    common.save_model(sharp_model(), tmp_path / "characters")
+    llm = importlib.import_module(method).LLM
+    paper = settings(monkeypatch, method, "--model", tmp_path / "real", "--task", "gsm8k", "--seed", 5)
+    assert {k: vars(paper)[k] for k in llm} == llm and (paper.seed, paper.task) == (5, "gsm8k")
+    assert vars(settings(monkeypatch, method, "--model", "someone/some-hub-id"))["L"] == 256
+    assert settings(monkeypatch, method, "--model", tmp_path / "real", "--G", 3).G == 3
+    tiny = settings(monkeypatch, method, "--model", tmp_path / "characters")
+    default = settings(monkeypatch, method)
+    assert vars(tiny) | {"model": "tiny"} == vars(default) and default.L == 16
+
+
+def test_eval_only_gives_the_number_of_the_run_and_keeps_it_with_its_settings(data, tmp_path, capsys):
+    write("dream", tmp_path / "model")
+    argv = ["--model", tmp_path / "model", "--task", "gsm8k", "--data", data["gsm8k"], *SHAPE]
+    out = tmp_path / "run"
+    launch("wd1", *argv, "--eval_threshold", 0.4, "--steps", 1, "--out", out)
+    last = [row for row in lines(out) if "eval_reward" in row][-1]
+    capsys.readouterr()
+    launch("wd1", "--resume", out, "--eval_only")
+    assert "greedy: L 16, S 4, block 8, order top_prob; adaptive: threshold 0.4" in capsys.readouterr().out
+    launch("wd1", "--resume", out, "--eval_only")
+    first, second = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
+    assert first == second  # none replaces another
+    assert {k: first[k] for k in last} == last and "threshold_accuracy" in last
+    said = first | first["args"]
+    for key in ("model", "revision", "task", "data", "test_data", "L", "S", "block", "order"):
+        assert key in said, key
+    for key in ("eval_threshold", "eval_temperature", "budget", "rows", "device", "torch", "commit"):
+        assert key in said, key
+    assert len(first["answers"]) == said["rows"] == 2 and isinstance(first["answers"][0][0], str)
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+def kept_for_backward(network, rows: int, T: int) -> int:
+    """Bytes the body keeps for its backward pass under bf16 autocast, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor: its address stays taken
+        return tensor
+
+    x = torch.randint(60, (rows, T))
+    with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+          torch.autocast("cpu", torch.bfloat16, cache_enabled=False)):
+        network.model(x)
+    return sum(size for size, _ in kept.values())
+
+
+QWEN = dict(vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+            is_causal=False, use_cache=False)
+SHAPES = [("qwen3", Qwen3ForCausalLM, Qwen3Config(**QWEN, num_key_value_heads=2, head_dim=64)),
+          ("qwen3", Qwen3ForCausalLM, Qwen3Config(**QWEN, num_key_value_heads=4, head_dim=32)),
+          ("qwen2", Qwen2ForCausalLM, Qwen2Config(**QWEN, num_key_value_heads=2))]
+
+
+@pytest.mark.parametrize("kind, cls, config", SHAPES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_predicted_activations_are_an_upper_estimate_and_no_fantasy(kind, cls, config, checkpointing):
+    network, budget = cls(config).eval(), 4 * 256
+    if checkpointing:
+        models.checkpoint_layers(network)
+    parts = models.predict_memory(config, kind, L=128, block=32, G=4, budget=budget, train=True, bf16=True,
+                                  gradient_checkpointing=checkpointing, reference=True)
+    N = sum(p.numel() for p in network.parameters())
+    assert parts["weights"] * 2**30 == parts["gradients"] * 2**30 == parts["reference"] * 2**30
+    assert parts["weights"] * 2**30 >= 4 * N and parts["Adam"] == 2 * parts["weights"]
+    measured = kept_for_backward(network, 4, 256) / 2**30
+    if checkpointing:  # and while a layer is made again, what one layer keeps
+        single = config.to_dict() | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+        measured += kept_for_backward(cls(type(config)(**single)).eval(), 4, 256) / 2**30
+    assert measured <= parts["activations"] <= 1.7 * measured
+
+
+LLADA_8B = dict(
+    model_type="llada", d_model=4096, mlp_hidden_size=12288, n_layers=32, n_heads=32, n_kv_heads=32,
+    rms_norm_eps=1e-5, rope_theta=500000.0, max_sequence_length=4096, include_qkv_bias=False,
+    include_bias=False, weight_tying=False, pad_token_id=126081, eos_token_id=126081, vocab_size=126464)
+
+
+@pytest.mark.parametrize("have, flags, said", [
+    (80, [], "no setting helps: choose a smaller model or a larger GPU"),
+    (135, ["--beta", 0.04], "lower --budget or --G, add --gradient_checkpointing, or set --beta 0"),
+    (131, ["--beta", 0, "--budget", 2048, "--G", 4], None),  # an H200 has 139
+])
+def test_memory_is_planned_before_anything_is_loaded(have, flags, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (have * 2**30, 141 * 2**30))
+    args = settings(monkeypatch, "egspo", "--model", tmp_path, "--task", "gsm8k", *flags)
+    if said is None:
+        models.plan_memory(args, torch.device("cuda"))
+        assert "weights 29.9, gradients 29.9, Adam 59.7" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stopped:
+        models.plan_memory(args, torch.device("cuda"))
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and said in captured.err and captured.err.count("\n") == 1
+    assert "predicted peak" in captured.out and "Adam 59.7" in captured.out
