@@ -64,13 +64,13 @@ class Args:
     budget: int = 8448  # most tokens in one forward
     gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
     # </frozen>
-    steps: int = 60  # rollouts, each with its updates
+    steps: int = 74  # rollouts, each with its updates
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     num_mc: int = 2  # mask pairs per row (paper: 2)
-    psi: float = 0.05  # psi, inverse temperature of the advantage (paper: 10)
+    psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10)
     beta: float = 0.0  # weight of the reference (paper: 1e-3); 0: no reference model
     passes: int = 2  # mu, passes per rollout (paper: 8)
-    minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
+    minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
