@@ -289,20 +289,15 @@ def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
 
 
 def load_task(args, model: Denoiser) -> Task:
-    """The task of the command line, its prompts as the model was trained to be asked, in training and in
-    evaluation alike. Refuses prompts that do not fit the model: nothing is ever cut."""
+    """The task of the command line. Refuses prompts that do not fit the model: nothing is ever cut."""
     try:
-        task = tasks.load(args.task, chat=model.tokenizer.chat_template is not None, data=args.data,
+        task = tasks.load(args.task, chat=bool(model.tokenizer.chat_template), data=args.data,
                           test_data=args.test_data, train=not args.eval_only)
     except ValueError as error:
         refuse(str(error))
     task.test = task.test[: args.eval_rows]
-    rows = task.train + task.test
-    if task.chat:
-        for row in rows:
-            row["prompt"] = chat_prompt(model, row["prompt"])
-    ids = model.tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
-    P = max(map(len, ids))
+    longest = sorted((row["prompt"] for row in task.train + task.test), key=len)[-256:]
+    P = encode(model, longest)[0].shape[1]
     room = model.network.config.max_position_embeddings
     if P + args.L > room:
         refuse(f"the longest prompt has {P} tokens, --L is {args.L}: {args.model} reads {room} at most")
@@ -319,7 +314,11 @@ def chat_prompt(model: Denoiser, message: str) -> str:
 
 
 def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Prompts to left-padded ids (B, P) and their mask (B, P), False = padding. Nothing is ever cut."""
+    """Prompts to left-padded ids (B, P) and their mask (B, P), False = padding. Nothing is ever cut.
+
+    A model with a chat template is asked in it: the one place, for training and evaluation alike."""
+    if model.tokenizer.chat_template:
+        texts = [chat_prompt(model, text) for text in texts]
     ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
     P = max(map(len, ids))
     tokens = torch.tensor([[model.pad_id] * (P - len(row)) + row for row in ids], device=model.device)
@@ -643,7 +642,7 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers
         print(f"\n{label}:" + ("" if blocks else " none"))
         if all(len(line) < 30 for block in blocks for line in block):  # boards: side by side
             blocks = [["      ".join(cells) for cells in itertools.zip_longest(*blocks, fillvalue="")]]
-        print("\n".join(f"   {line}" for block in blocks for line in block))
+        print("\n\n".join("\n".join(f"   {line}" for line in block) for block in blocks))
 
 
 def plot(lines: list[dict], file: Path, title: str):

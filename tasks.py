@@ -35,11 +35,10 @@ from sandbox import run_tests
 class Task:
     """Prompts and the reward of what is answered; its parts always have `correct` and `parse_fail`."""
 
-    train: list[dict]  # each row has "prompt" and whatever the reward reads; empty if not asked for
+    train: list[dict]  # each row has "prompt", a user's message, and what the reward reads; may be empty
     test: list[dict]  # held out
     reward: Callable[[str, dict], tuple[float, dict[str, float]]]
     draw: Callable[[str, dict], list[str]]  # a completion as a person would want to see it, line by line
-    chat: bool = False  # prompts are a user's message, to be put through the model's chat template
     parallel: bool = False  # the reward waits for other processes: rows may be scored in many threads at once
 
 
@@ -89,7 +88,7 @@ def load(name: str, *, chat: bool, data: str = "", test_data: str = "", train: b
     if not test or train and not kept:
         raise ValueError(f"{data or name}: no {'training' if test else 'held-out'} rows are left")
     recipe.reward("\\boxed{0} ```python\n0", test[0])  # what it needs must work before anything costly
-    return Task(kept if train else [], test, recipe.reward, recipe.draw, chat, recipe.parallel)
+    return Task(kept if train else [], test, recipe.reward, recipe.draw, recipe.parallel)
 
 
 def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:

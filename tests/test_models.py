@@ -349,7 +349,7 @@ def test_prompts_become_ids(case):
     prompt, ids = PROMPTS[case.layout], case.written["ids"]
     special = [ids[token] for token in re.findall(r"<\|\w+\|>|</?think>", prompt)]
     for model in (case.model, case.again):
-        tokens, mask = common.encode(model, [prompt])
+        tokens, mask = common.encode(model, ["text"])
         assert mask.all()
         assert tokens[tokens >= case.written["base"]].tolist() == special
         assert model.tokenizer.decode(tokens[0]) == prompt

@@ -268,7 +268,7 @@ def test_sudoku_in_words_pays_as_in_digits():
     """And nothing of the d1 family's: 1.0 for a changed clue, or for 19 digits."""
     compact = load("sudoku", chat=False, test_data=str(DATA / FILES["sudoku"]), train=False)
     chat = load("sudoku", chat=True, test_data=str(DATA / FILES["sudoku"]), train=False)
-    assert (compact.chat, chat.chat, len(chat.test)) == (False, True, 500)
+    assert len(chat.test) == 500 and chat.test[0]["prompt"] != compact.test[0]["prompt"]
     seen = set()
     for row, words in zip(compact.test, chat.test, strict=True):
         gold, puzzle = row["solution"], row["puzzle"]
@@ -553,7 +553,7 @@ def test_gsm8k_from_the_hub(monkeypatch):
     asked = fake_hub(monkeypatch, {("openai/gsm8k", "main", "train"): rows[:5],
                                    ("openai/gsm8k", "main", "test"): rows[5:]})
     task = load("gsm8k", chat=True)
-    assert (len(task.train), len(task.test), task.chat, task.parallel) == (5, 3, True, False)
+    assert (len(task.train), len(task.test), task.parallel) == (5, 3, False)
     assert task.test[0]["prompt"] == f"What is 5 + 1?\n{BOXED}" and task.test[0]["answer"] == "6"
     assert task.reward("\\boxed{6}", task.test[0])[0] == 1.25
     assert len(asked) == 2
