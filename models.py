@@ -156,11 +156,34 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
             fields["vocab_size"] = raw.get("embedding_size") or raw["vocab_size"]
         config = STOCK[KINDS.get(kind, kind)][1].from_dict(fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        refuse(f"{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}")
+        refuse(f"{name} cannot be loaded: {one_line(error)}")
     config.is_causal = False
     config.use_cache = False
     config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
     return kind, raw, config
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def read_ids(
+    name: str, raw: dict, tokenizer: PreTrainedTokenizerBase, V: int, mask_id: int | None
+) -> tuple[int, int, int, tuple[int, ...]]:
+    """(mask_id, eos_id, pad_id, end_ids). A mask token is named in config.json, by the tokenizer, or by what
+    everybody calls it; an explicit one counts before all. Refuses a model without."""
+    vocabulary = tokenizer.get_vocab()
+    named = (raw.get("mask_token_id"), tokenizer.mask_token_id, *map(vocabulary.get, MASKS))
+    masks = [i for i in (mask_id, *named) if i is not None]
+    if not masks:
+        refuse(f"{name} does not say which token is its mask: give its id with --mask_id")
+    if masks[0] not in range(V):
+        refuse(f"mask id {masks[0]} is outside {name}'s vocabulary of {V}")
+    eos = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]  # ModernBERT: pad
+    if not eos:
+        refuse(f"{name} has no token that ends an answer; it has {tokenizer.special_tokens_map}")
+    end_ids = tuple(dict.fromkeys([eos[0], *(vocabulary[t] for t in ENDS if t in vocabulary)]))
+    return masks[0], eos[0], eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id, end_ids
 
 
 def load_model(
@@ -188,32 +211,20 @@ def load_model(
             name, config=config, key_mapping=names, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, **hub)
     except Exception as error:  # of any kind: tokenizers raises bare ones
-        refuse(f"{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}")
+        refuse(f"{name} cannot be loaded: {one_line(error)}")
     wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
     if wrong:  # a missing key would be random weights, with no more than a log line
         refuse(f"{name} does not hold the weights of its config.json: {wrong}")
-
-    vocabulary = tokenizer.get_vocab()
-    named = (raw.get("mask_token_id"), tokenizer.mask_token_id, *map(vocabulary.get, MASKS))
-    masks = [i for i in (mask_id, *named) if i is not None]
-    if not masks:
-        refuse(f"{name} does not say which token is its mask: give its id with --mask_id")
-    if masks[0] not in range(config.vocab_size):
-        refuse(f"mask id {masks[0]} is outside {name}'s vocabulary of {config.vocab_size}")
-    eos = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]  # ModernBERT: pad
-    if not eos:
-        refuse(f"{name} has no token that ends an answer; it has {tokenizer.special_tokens_map}")
-    pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    end_ids = tuple(dict.fromkeys([eos[0], *(vocabulary[t] for t in ENDS if t in vocabulary)]))
-    if kind == "modernbert" and tokenizer.chat_template is None and "[CLS]" in vocabulary:
+    ids = read_ids(name, raw, tokenizer, config.vocab_size, mask_id)
+    if kind == "modernbert" and tokenizer.chat_template is None and "[CLS]" in tokenizer.get_vocab():
         tokenizer.chat_template = MODERNBERT_CHAT  # "tiny" has no words to chat with
-    network.config.mask_token_id = masks[0]
+    network.config.mask_token_id = ids[0]
     network.generation_config = GenerationConfig()  # theirs is for generate(), and Dream's cannot be saved
     tokenizer.init_kwargs.pop("auto_map", None)  # names a file that is not saved
     network.eval().to(device)
     if gradient_checkpointing:
         checkpoint_layers(network)
-    model = Denoiser(network, tokenizer, masks[0], eos[0], pad_id, end_ids, config.logits_shift)
+    model = Denoiser(network, tokenizer, *ids, config.logits_shift)
     if not is_bidirectional(model):
         refuse(f"{name} is causal: a masked position does not see the tokens after it")
     return model
