@@ -22,11 +22,12 @@ probabilities, for the entropies alone); canvases are scored in batches (theirs:
 drawn is used (theirs: one batch of eight).
 Differences from the paper: lambda is constant, as in the released code (paper: lambda_t); positions by order
 `top_prob` (LLaDA's rule: `confidence`); full fine-tuning, no LoRA; minibatches; small-batch defaults for
-the tiny model, the paper's beside them (paper: L 256, S 128, block 32, T 0.9, G 8).
+the tiny model, the paper's beside them and in LLM.
 
 python egspo.py                        4x4 Sudoku, 28 to 64 % solved in 4.3 minutes of RL on 2 CPU cores
 python egspo.py --lam 0                EGSPO without the stepwise advantage
 python egspo.py --select uniform       the ablation: K random steps
+python egspo.py --model dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1 --task gsm8k     a real one, on a 24 GB GPU
 """
 
 import copy

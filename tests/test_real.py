@@ -91,6 +91,30 @@ def test_two_updates_and_resume(method, layout, task, data, tmp_path, monkeypatc
     assert common.chat_prompt(after, "1 + 1?") == common.chat_prompt(before, "1 + 1?")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_as_on_cuda(method, data, tmp_path, monkeypatch, with_a_gradient):
+    """bf16 autocast over fp32 weights, and checkpointed layers; here by the CPU's own autocast."""
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+    monkeypatch.setattr(models.Denoiser, "autocast", autocast)
+    monkeypatch.setattr(common, "plot", lambda *_: None)
+    write("dream", tmp_path / "model")
+    argv = ["--model", tmp_path / "model", "--task", "gsm8k", "--data", data["gsm8k"], *SHAPE, *OWN[method]]
+    beta = [] if method == "wd1" else ["--beta", 0.1]
+    launch(method, *argv, *beta, "--steps", 2, "--gradient_checkpointing", "--out", tmp_path / "run")
+    rows = [row for row in lines(tmp_path / "run") if "reward" in row]
+    assert all(row["skipped"] == 0 for row in rows) and max(row["grad_norm"] for row in rows) > 0
+    assert rows[0].get("kl", 0.0) == 0.0  # policy and reference round alike
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert {value.dtype for value in state["network"].values()} == {torch.float32}
+    model = models.load_model(str(tmp_path / "model"))
+    hidden = model.hidden(torch.full((1, 4), model.mask_id), None)
+    with model.autocast():
+        assert model.network.lm_head(hidden).dtype == torch.bfloat16  # it was on
+    assert model.head(hidden).dtype == torch.float32
+
+
 # ------------------------------------------------------------------------------------- settings, evaluation
 
 
