@@ -151,7 +151,8 @@ def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys)
     model, state = models.load_model(str(out / "model")), weights(out)
     assert all(torch.equal(v, state[k]) for k, v in model.network.state_dict().items())
     assert launch(method, "--resume", out, "--eval_only") == accuracy
-    assert launch(method, "--model", out / "model", *SMALL, "--eval_only") == accuracy
+    again = launch(method, "--model", out / "model", *SMALL, "--eval_only", "--out", tmp_path / "again")
+    assert again == accuracy
 
 
 BAD = {
