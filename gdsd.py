@@ -64,7 +64,7 @@ class Args:
     budget: int = 8448  # most tokens in one forward
     gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
     # </frozen>
-    steps: int = 74  # rollouts, each with its updates
+    steps: int = 60  # rollouts, each with its updates
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     num_mc: int = 2  # mask pairs per row (paper: 2)
     psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10)
