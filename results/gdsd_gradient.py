@@ -10,8 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import attention, canvas, denoise, encode, generator, group_noise, load_model  # noqa: E402
+from common import attention, canvas, denoise, encode, generator, group_noise  # noqa: E402
 from gdsd import READ, mask_pairs  # noqa: E402
+from models import load_model  # noqa: E402
 from tasks import sudoku  # noqa: E402
 
 model, rows = load_model("tiny"), sudoku().train[:256]
