@@ -207,7 +207,7 @@ def load_model(
     try:  # Dream's own tokenizer class is remote code over Qwen2's files
         tokenizer_class = Qwen2Tokenizer if kind == "Dream" else PreTrainedTokenizerFast
         tokenizer = tokenizer_class.from_pretrained(name, **hub)
-        network, report = STOCK[KINDS.get(kind, kind)][0].from_pretrained(
+        network, report = STOCK[config.model_type][0].from_pretrained(
             name, config=config, key_mapping=names, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, **hub)
     except Exception as error:  # of any kind: tokenizers raises bare ones
@@ -265,7 +265,7 @@ def save_model(model: Denoiser, folder: Path):
 
 
 def predict_memory(
-    config: PreTrainedConfig, kind: str, *, L: int, block: int, G: int, budget: int,
+    config: PreTrainedConfig, *, L: int, block: int, G: int, budget: int,
     gradient_checkpointing: bool, reference: bool, train: bool, bf16: bool,
 ) -> dict[str, float]:
     """Upper estimate of the peak, in GiB by part, from arithmetic alone: nothing is loaded.
@@ -276,14 +276,14 @@ def predict_memory(
     weights; with gradient checkpointing one layer of that, and the fp32 input of each. Logits: the larger of
     a scored chunk with the head's gradient, and of a rollout's block in float64."""
     with torch.device("meta"):
-        network = STOCK[kind][0](config)
+        network = STOCK[config.model_type][0](config)
     d, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d // heads  # ModernBERT has neither
     kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     in_layers = sum(p.numel() for p in network.model.layers.parameters())
     N = sum(p.numel() for p in network.parameters())
-    if config.tie_word_embeddings and kind != "modernbert":
+    if config.tie_word_embeddings and config.model_type != "modernbert":
         N += V * d  # a hub file may hold both and untie them
     per_token = 16 * d + 8 * config.intermediate_size + 13 * (heads * head_dim + 2 * kv)
     kept = layers * budget * per_token * (1 if bf16 else 2) + (2 * in_layers if bf16 else 0)
@@ -303,10 +303,10 @@ def plan_memory(args, device: torch.device):
     """Print the predicted peak before anything is loaded; refuse a model that cannot fit."""
     if args.model == "tiny":
         return
-    kind, _, config = read_config(args.model, args.revision)
+    _, _, config = read_config(args.model, args.revision)
     cuda = device.type == "cuda"
     parts = predict_memory(
-        config, KINDS.get(kind, kind), L=args.L, block=args.block, G=args.G, budget=args.budget,
+        config, L=args.L, block=args.block, G=args.G, budget=args.budget,
         gradient_checkpointing=args.gradient_checkpointing, train=not args.eval_only, bf16=cuda,
         reference=vars(args).get("beta", 0) > 0)  # wd1 has none
     if cuda:

@@ -10,6 +10,7 @@ sudoku, countdown, gsm8k, math, mbpp with humaneval; the table of them all.
 import ast
 import contextlib
 import csv
+import dataclasses
 import functools
 import inspect
 import io
@@ -498,8 +499,8 @@ def code_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
 BOARDS = {"train": lambda: sudoku_boards(0, 8192), "test": lambda: sudoku_boards(1, 1024)}
 COMPACT_SUDOKU = Recipe(sudoku_row, sudoku_reward, sudoku_draw, BOARDS, key=lambda row: row["solution"])
 TASKS = {
-    "sudoku": Recipe(sudoku_chat_row, sudoku_chat_reward, sudoku_chat_draw, BOARDS,
-                     key=lambda row: row["solution"]),
+    "sudoku": dataclasses.replace(COMPACT_SUDOKU, row=sudoku_chat_row, reward=sudoku_chat_reward,
+                                  draw=sudoku_chat_draw),
     "gsm8k": Recipe(gsm8k_row, gsm8k_reward, draw_text, {
         "train": lambda: hub("openai/gsm8k", "main", split="train"),
         "test": lambda: hub("openai/gsm8k", "main", split="test")}),

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
+from memory import naive_step  # noqa: E402
 from models import checkpoint_layers  # noqa: E402
 
 PLAIN = {"is_causal": False, "use_cache": False}
@@ -71,19 +72,12 @@ def matmul_peak() -> float:
     return 2 * n**3 * 10 / seconds(lambda: [a @ b for _ in range(10)])
 
 
-@torch.no_grad()
 def naive_rollout(model, prompt):
     """LLaDA's sampler: everything over the whole canvas, at every step."""
     x = torch.cat([prompt, torch.full((len(prompt), L), model.mask_id, device=DEVICE)], 1)
     for s in range(S):
         end = P + (s * BLOCK // (S * BLOCK // L) + 1) * BLOCK  # of the current block
-        logits = model.head(model.hidden(x, None))
-        noise = torch.rand(logits.shape, dtype=torch.float64, device=DEVICE)
-        token = (logits.double().exp() / -noise.log()).argmax(-1)
-        confidence = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
-        confidence[:, end:] = -torch.inf
-        at = confidence.masked_fill(x != model.mask_id, -torch.inf).topk(L // S).indices
-        x = x.scatter(1, at, token.gather(1, at))
+        x = naive_step(model, x, L // S, end)
     return x
 
 

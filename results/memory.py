@@ -32,12 +32,16 @@ def tiny_body() -> common.Denoiser:
     return common.Denoiser(Qwen3ForCausalLM(config).eval(), None, 151669, 151645, 151643, (151645,), False)
 
 
-def naive_step(model: common.Denoiser, x: torch.Tensor, n: int):
-    """One step of LLaDA's sampler: noise and confidence of the whole canvas in float64, n tokens revealed."""
+@torch.no_grad()
+def naive_step(model: common.Denoiser, x: torch.Tensor, n: int, end: int) -> torch.Tensor:
+    """One step of LLaDA's sampler: noise and confidence of the whole canvas in float64, n tokens revealed.
+
+    `end`: the column behind the current block."""
     logits = model.head(model.hidden(x, None))  # (B, P+L, V)
     noise = torch.rand(logits.shape, dtype=torch.float64, device=x.device)
     token = (logits.double().exp() / -noise.log()).argmax(-1)
     confidence = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
+    confidence[:, end:] = -torch.inf
     at = confidence.masked_fill(x != model.mask_id, -torch.inf).topk(n).indices
     return x.scatter(1, at, token.gather(1, at))
 
@@ -50,8 +54,7 @@ def measure(way: str) -> float:
     target = torch.randint(151643, (rows, L))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if way == "rollout, naive":
-        with torch.no_grad():
-            naive_step(model, x, L // 8)
+        naive_step(model, x, L // 8, P + BLOCK)
     elif way == "rollout":  # eight steps, one per block
         common.denoise(model, prompt, prompt >= 0, [common.generator("cpu", 0)], L=L, S=8, block=BLOCK)
     elif way == "update, naive":

@@ -182,18 +182,18 @@ def kept_for_backward(network, rows: int, T: int) -> int:
 
 QWEN = dict(vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
             is_causal=False, use_cache=False)
-SHAPES = [("qwen3", Qwen3ForCausalLM, Qwen3Config(**QWEN, num_key_value_heads=2, head_dim=64)),
-          ("qwen3", Qwen3ForCausalLM, Qwen3Config(**QWEN, num_key_value_heads=4, head_dim=32)),
-          ("qwen2", Qwen2ForCausalLM, Qwen2Config(**QWEN, num_key_value_heads=2))]
+SHAPES = [(Qwen3ForCausalLM, Qwen3Config(**QWEN, num_key_value_heads=2, head_dim=64)),
+          (Qwen3ForCausalLM, Qwen3Config(**QWEN, num_key_value_heads=4, head_dim=32)),
+          (Qwen2ForCausalLM, Qwen2Config(**QWEN, num_key_value_heads=2))]
 
 
-@pytest.mark.parametrize("kind, cls, config", SHAPES)
+@pytest.mark.parametrize("cls, config", SHAPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_predicted_activations_are_an_upper_estimate_and_no_fantasy(kind, cls, config, checkpointing):
+def test_predicted_activations_are_an_upper_estimate_and_no_fantasy(cls, config, checkpointing):
     network, budget = cls(config).eval(), 4 * 256
     if checkpointing:
         models.checkpoint_layers(network)
-    parts = models.predict_memory(config, kind, L=128, block=32, G=4, budget=budget, train=True, bf16=True,
+    parts = models.predict_memory(config, L=128, block=32, G=4, budget=budget, train=True, bf16=True,
                                   gradient_checkpointing=checkpointing, reference=True)
     N = sum(p.numel() for p in network.parameters())
     assert parts["weights"] * 2**30 == parts["gradients"] * 2**30 == parts["reference"] * 2**30
