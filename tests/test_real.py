@@ -126,6 +126,7 @@ def settings(monkeypatch, method: str, *argv):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_that_reads_words_starts_from_the_papers_settings(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no earlier run has the default --out
     write("a2d-qwen3", tmp_path / "real")
     common.save_model(sharp_model(), tmp_path / "characters")
     llm = importlib.import_module(method).LLM
