@@ -37,39 +37,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    load_task, micro_batches, parse_args, per_step, pick_device, refuse, reward_rows,
-                    rollout_metrics, score)
-from models import load_model, plan_memory
+from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
+                    micro_batches, minibatches, per_step, refuse, reward_rows, rollout_metrics, score)
+from run import Flags, Run, evaluate_only, parse_args, setup
 
 
 @dataclass
-class Args:
-    # <frozen: flags>
-    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
-    revision: str | None = None  # of the hub id
-    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
-    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
-    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
-    test_data: str = ""  # local held-out rows
-    seed: int = 1  # decides every random draw of the run, not the tiny base
-    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
-    resume: str = ""  # go on with this run folder
-    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
-    eval_every: int = 20  # updates between evaluations on the held-out rows
-    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
-    eval_rows: int = 1024  # held-out rows evaluated, at most
-    save_every: int = 10  # updates between checkpoints
+class Args(Flags):
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward
-    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
-    # </frozen>
-    steps: int = 100  # rollouts, each with its updates
+    updates: int = 100  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)
@@ -91,9 +72,9 @@ LLM = dict(
 
 
 def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The K steps of highest mean entropy of each row, highest first: steps (B, K), kept (B, K).
+    """The K steps of highest mean entropy of each row, highest first: steps (B, K), taken (B, K).
 
-    kept is False where a row, ended by an EOS, took fewer than K steps. noise (B, S): take K steps at random
+    taken is False where a row, ended by an EOS, took fewer than K steps. noise (B, S): take K steps at random
     instead, still ranked by entropy."""
     count = per_step(torch.ones_like(roll.entropy), roll.step, roll.S)  # tokens revealed by each step
     entropy = per_step(roll.entropy, roll.step, roll.S) / count.clamp(min=1)
@@ -110,14 +91,14 @@ def stepwise_return(reward: Tensor, guess_reward: Tensor, lam: float) -> Tensor:
     return (reward + lam * (reward - guess_reward)) / (1 + lam)
 
 
-def advantage(ret: Tensor, kept: Tensor, G: int) -> Tensor:
-    """Returns (B, K) minus the group's mean at the same rank; 0 where not kept or a whole group is equal."""
-    ret, kept = ret.view(-1, G, ret.shape[1]), kept.view(-1, G, ret.shape[1])  # (prompts, G, K)
-    mean = (ret * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-    highest = ret.masked_fill(~kept, -torch.inf).amax(1, keepdim=True)
-    lowest = ret.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
+def advantage(ret: Tensor, taken: Tensor, G: int) -> Tensor:
+    """Returns (B, K) minus the group's mean in the column; 0 where not taken or a whole group is equal."""
+    ret, taken = ret.view(-1, G, ret.shape[1]), taken.view(-1, G, ret.shape[1])  # (prompts, G, K)
+    mean = (ret * taken).sum(1, keepdim=True) / taken.sum(1, keepdim=True).clamp(min=1)
+    highest = ret.masked_fill(~taken, -torch.inf).amax(1, keepdim=True)
+    lowest = ret.masked_fill(~taken, torch.inf).amin(1, keepdim=True)
     # by definition, not by subtraction: fp32 means would leave +-1e-8, which Adam turns into full-sized steps
-    return ((ret - mean) * (kept & (highest > lowest))).flatten(0, 1)
+    return ((ret - mean) * (taken & (highest > lowest))).flatten(0, 1)
 
 
 def step_logp(model: Denoiser, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
@@ -148,36 +129,31 @@ def train(args: Args) -> float:
     if not 1 <= args.K <= args.S:
         refuse(f"--K {args.K} must be from 1 to S = {args.S}")
     # <frozen: setup>
-    device = pick_device()
-    plan_memory(args, device)
-    model = load_model(args.model, device, args.revision, args.mask_id, args.gradient_checkpointing)
-    task = load_task(args, model)
-    # </frozen>
-    reference = copy.deepcopy(model) if args.beta and not args.eval_only else None
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=device.type == "cuda")  # fused: less memory
-    # <frozen: run>
-    run = Run(args, METHOD, model, task, optimizer)
+    model, task = setup(args)
     if args.eval_only:
-        return run.eval_only()
+        return evaluate_only(args, model, task)
     # </frozen>
+    reference = copy.deepcopy(model) if args.beta else None  # as it is before training, also when resumed
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
+    run = Run(args, METHOD, model, task, optimizer)
     K, n = args.S if args.select == "all" else args.K, args.L // args.S
 
     while not run.boundary():  # 1 save, evaluate
         # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.step)
+        ids = draw_prompts(args, len(task.train), run.update)
         rows = [task.train[i] for i in ids for _ in range(args.G)]
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                        temperature=args.temperature, order=args.order, guess=args.lam > 0, budget=args.budget)
         run.counters["nfe_rollout"] += roll.nfe
         noise = None
         if args.select == "uniform":
-            gens = [generator(device, args.seed, "select", run.step, i) for i in ids]
+            gens = [generator(model.device, args.seed, "select", run.update, i) for i in ids]
             noise = group_noise(gens, len(rows), (args.S,))
-        steps, kept = select_steps(roll, K, noise)  # (B, K)
-        seconds_rollout = run.lap()
+        steps, taken = select_steps(roll, K, noise)  # (B, K)
+        run.lap("rollout")
 
         # 3 reward: of the completions, and of the one-step guesses at the kept steps
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
@@ -186,47 +162,38 @@ def train(args: Args) -> float:
             guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, args.L)).flatten(0, 1)  # (B * K, L)
             guess_reward, _, _ = reward_rows(model, task, guess, [row for row in rows for _ in range(K)])
             ret = stepwise_return(reward, guess_reward.view(-1, K), args.lam)
-        seconds_reward = run.lap()
+        run.lap("reward")
 
         # 4 advantage
-        adv = advantage(ret, kept, args.G)  # (B, K)
+        adv = advantage(ret, taken, args.G)  # (B, K)
         logp_old = per_step(roll.logp, roll.step, args.S).gather(1, steps)  # (B, K), as sampled
 
         # 5 update
         infos = []
         for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", run.step, epoch)
-            shuffle = torch.randperm(args.prompts, generator=gen)
-            for groups in shuffle.to(device).chunk(args.minibatches):
-                b = (groups[:, None] * args.G + torch.arange(args.G, device=device)).flatten()  # whole groups
-                pairs = kept[b].nonzero()  # (M, 2)
+            for batch in minibatches(args, taken.nonzero(), run.update, epoch):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
-                for part in micro_batches(pairs, roll.prompt.shape[1] + args.L, args.budget):
-                    r, k = b[part[:, 0]], part[:, 1]
+                for part in micro_batches(batch, prompt.shape[1] + args.L, args.budget):
+                    r, k = part.unbind(1)
                     s = steps[r, k]
-                    logp = step_logp(model, roll[r], s, args.temperature)
+                    logp = step_logp(model, roll[r], s, args.temperature)  # (M,)
                     loss, was_clipped = policy_loss(logp, logp_old[r, k], adv[r, k], args.eps_lo, args.eps_hi)
                     if reference:
                         with torch.no_grad():
                             logp_ref = step_logp(reference, roll[r], s, args.temperature)
                         kl = k3(logp, logp_ref)
                         loss = loss + args.beta * kl
-                        info["kl"] += kl.sum().item() / len(pairs)
-                    loss = loss.sum() / (len(b) * K * n)  # per revealed token; a missing step counts as 0
+                        info["kl"] += kl.sum().item() / len(batch)
+                    loss = loss.sum() / (len(rows) // args.minibatches * K * n)  # a missing step counts as 0
                     loss.backward()
                     info["loss"] += loss.item()
-                    info["clip_frac"] += was_clipped.float().sum().item() / len(pairs)
+                    info["clip_frac"] += was_clipped.float().sum().item() / len(batch)
                     run.counters["nfe_update"] += len(part) * (2 if reference else 1)
                 info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
                 infos.append(info)
 
         # 6 log
-        run.log_update({
-            **rollout_metrics(roll, reward, parts, args.G, seconds_rollout),
-            **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
-            "seconds_reward": seconds_reward,
-            "seconds_update": run.lap(),
-        })
+        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
     return run.finish()
 
 

@@ -32,39 +32,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    load_task, log_prob, micro_batches, parse_args, pick_device, refuse, reward_rows,
-                    rollout_metrics, score)
-from models import load_model, plan_memory
+from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
+                    log_prob, micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
+from run import Flags, Run, evaluate_only, parse_args, setup
 
 
 @dataclass
-class Args:
-    # <frozen: flags>
-    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
-    revision: str | None = None  # of the hub id
-    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
-    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
-    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
-    test_data: str = ""  # local held-out rows
-    seed: int = 1  # decides every random draw of the run, not the tiny base
-    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
-    resume: str = ""  # go on with this run folder
-    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
-    eval_every: int = 20  # updates between evaluations on the held-out rows
-    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
-    eval_rows: int = 1024  # held-out rows evaluated, at most
-    save_every: int = 10  # updates between checkpoints
+class Args(Flags):
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward
-    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
-    # </frozen>
-    steps: int = 60  # rollouts, each with its updates
+    updates: int = 60  # rollouts, each with its optimizer steps
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     num_mc: int = 2  # mask pairs per row (paper: 2)
     psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10)
@@ -104,8 +85,8 @@ def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
 
 def centred_logit(logits: Tensor, token: Tensor) -> Tensor:
     """(M, V) logits, (M, g) tokens to logit[token] - the position's mean logit, without the mask token."""
-    kept = logits > -torch.inf
-    mean = logits.masked_fill(~kept, 0.0).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+    possible = logits > -torch.inf
+    mean = logits.masked_fill(~possible, 0.0).sum(1, keepdim=True) / possible.sum(1, keepdim=True)
     return logits.gather(1, token) - mean
 
 
@@ -135,65 +116,57 @@ def train(args: Args) -> float:
     if args.num_mc < 1:
         refuse("--num_mc must be at least 1")
     # <frozen: setup>
-    device = pick_device()
-    plan_memory(args, device)
-    model = load_model(args.model, device, args.revision, args.mask_id, args.gradient_checkpointing)
-    task = load_task(args, model)
-    # </frozen>
-    reference = copy.deepcopy(model) if args.beta and not args.eval_only else None
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=device.type == "cuda")  # fused: less memory
-    # <frozen: run>
-    run = Run(args, METHOD, model, task, optimizer)
+    model, task = setup(args)
     if args.eval_only:
-        return run.eval_only()
+        return evaluate_only(args, model, task)
     # </frozen>
+    reference = copy.deepcopy(model) if args.beta else None  # as it is before training, also when resumed
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
+    run = Run(args, METHOD, model, task, optimizer)
 
     while not run.boundary():  # 1 save, evaluate
         # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.step)
+        ids = draw_prompts(args, len(task.train), run.update)
         rows = [task.train[i] for i in ids for _ in range(args.G)]
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                        temperature=args.temperature, budget=args.budget)
         run.counters["nfe_rollout"] += roll.nfe
-        seconds_rollout = run.lap()
+        run.lap("rollout")
 
         # 3 reward
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        seconds_reward = run.lap()
+        run.lap("reward")
 
         # 4 advantage, masks, and the scores to move away from and to stay close to
         adv = advantage(reward, args.G)  # (B,)
-        gens = [generator(device, args.seed, "masks", run.step, i) for i in ids]
+        gens = [generator(model.device, args.seed, "masks", run.update, i) for i in ids]
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
-        items = torch.cartesian_prod(torch.arange(len(rows)), torch.arange(args.num_mc)).to(device)
+        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2)
         tokens_each = 2 * (prompt.shape[1] + args.L)  # a pair is never split
-        c_old = torch.zeros(len(rows), args.num_mc, device=device)
+        c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
         c_ref = torch.zeros_like(c_old)
         with torch.no_grad():
-            for part in micro_batches(items, tokens_each, args.budget):
+            for part in micro_batches(pairs, tokens_each, args.budget):
                 r, j = part.unbind(1)
                 c_old[r, j] = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
                 if reference:
                     c_ref[r, j] = pair_score(reference, roll[r], hidden[r, j], args.match, args.temperature)
-        run.counters["nfe_update"] += 2 * len(items) * (2 if reference else 1)
+        run.counters["nfe_update"] += 2 * len(pairs) * (2 if reference else 1)
 
         # 5 update
         infos, c_new = [], torch.zeros_like(c_old)
         for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", run.step, epoch)
-            shuffle = torch.randperm(args.prompts, generator=gen).to(device)
-            for groups in shuffle.chunk(args.minibatches):
-                batch = items[torch.isin(items[:, 0] // args.G, groups)]
+            for batch in minibatches(args, pairs, run.update, epoch):
                 total = 0.0
                 for part in micro_batches(batch, tokens_each, args.budget):
                     r, j = part.unbind(1)
                     c = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
                     c_new[r, j] = c.detach()
                     loss = distillation_loss(c, c_old[r, j], c_ref[r, j], adv[r], args.psi, args.beta)
-                    loss = loss.sum() / len(batch)  # mean over rows and pairs
+                    loss = loss.sum() / len(batch)  # mean over rows and mask pairs
                     loss.backward()
                     total += loss.item()
                     run.counters["nfe_update"] += 2 * len(part)
@@ -204,19 +177,15 @@ def train(args: Args) -> float:
         drift = move.nanmean().item()  # targets average to zero
         run.counters["drift"] = run.counters.get("drift", 0.0) + (drift if math.isfinite(drift) else 0.0)
         if abs(run.counters["drift"]) > DRIFT:
-            tqdm.write(f"update {run.step + 1}: c has drifted by {run.counters['drift']:.1f}, and no reward "
-                       "asked for it: lower --lr or --passes, or set --beta")
-        run.log_update({
-            **rollout_metrics(roll, reward, parts, args.G, seconds_rollout),
-            **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
+            tqdm.write(f"update {run.update + 1}: c has drifted by {run.counters['drift']:.1f}, which no "
+                       "reward asked for: lower --lr or --passes, or set --beta")
+        run.log_update(rollout_metrics(roll, reward, parts, args.G) | {
             "c_mean": c_old.mean().item(),
             "c_std": c_old.std().item(),
             "move_mean": move.mean().item(),
             "move_std": move.std().item(),
             "target_std": target.std().item(),
-            "seconds_reward": seconds_reward,
-            "seconds_update": run.lap(),
-        })
+        }, infos)
     return run.finish()
 
 

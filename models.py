@@ -1,4 +1,4 @@
-"""What a model is here, how one is loaded and saved, and how much memory it will take.
+"""How a model is loaded and saved, and how much memory it will take.
 
 Real checkpoints, LLaDA, Dream, A2D and ModernBERT-chat, are loaded by stock transformers classes alone.
 
@@ -16,16 +16,14 @@ ignored without a word, so load_model looks whether the last token moves the fir
     llama, qwen2, qwen3         what save_model wrote of one of these
 """
 
-import math
+import ctypes
 import os
+import platform
 import shutil
-import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, ModernBertConfig,
                           ModernBertForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config,
@@ -33,63 +31,10 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Moder
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from common import LOGITS, Denoiser, one_line, refuse
+
 transformers_logging.disable_progress_bar()  # one bar at a time: ours
 transformers_logging.set_verbosity_error()  # what it would warn of, load_model refuses
-
-LOGITS = 2**26  # most logits made at once while scoring: 256 MiB in fp32
-
-
-def refuse(message: str):
-    """Wrong input: one line that says what is allowed, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@dataclass
-class Denoiser:
-    """A bidirectional network that predicts every masked token at once, and the ids a sampler needs."""
-
-    network: PreTrainedModel  # a stock transformers class, always in eval mode: no dropout
-    tokenizer: PreTrainedTokenizerBase
-    mask_id: int
-    eos_id: int  # fills what lies behind the end of an answer
-    pad_id: int
-    end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
-    shift: bool  # True (Dream): the prediction for position i sits at position i - 1
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
-    @property
-    def V(self) -> int:
-        return self.network.config.vocab_size
-
-    def autocast(self):
-        """bf16 matrix products on CUDA over fp32 weights; plain fp32 on a CPU.
-
-        No cache of bf16 weights: a forward uses each weight once, so it would only cost memory."""
-        on = self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16, enabled=on, cache_enabled=False)
-
-    def hidden(self, x: Tensor, attn: Tensor | None) -> Tensor:
-        """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""
-        positions = None
-        if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
-            positions = (attn.cumsum(1) - 1).clamp(min=0)
-        with self.autocast():
-            h = self.network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
-        return torch.cat([h[:, :1], h[:, :-1]], 1) if self.shift else h
-
-    def head(self, h: Tensor) -> Tensor:
-        """Hidden states (..., d) to logits (..., V) in at least fp32, the mask token excluded (-inf)."""
-        net = self.network
-        with self.autocast():
-            z = net.lm_head(h) if hasattr(net, "lm_head") else net.decoder(net.head(h))  # else: ModernBERT
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        z[..., self.mask_id] = -math.inf
-        return z
-
 
 # ------------------------------------------------------------------------------------------ load and save
 
@@ -163,10 +108,6 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
     return kind, raw, config
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def read_ids(
     name: str, raw: dict, tokenizer: PreTrainedTokenizerBase, V: int, mask_id: int | None
 ) -> tuple[int, int, int, tuple[int, ...]]:
@@ -193,14 +134,10 @@ def load_model(
     mask_id: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> Denoiser:
-    """Load "tiny" (built by pretrain.py on first use), a transformers folder or a hub id, in fp32.
+    """Load a transformers folder or a hub id, in fp32.
 
     revision: commit or branch on the hub. mask_id: for a checkpoint that does not name its mask token.
     Refuses (exit 2) what is no masked diffusion model, lacks a weight or has one too many, or is causal."""
-    if name == "tiny":
-        from pretrain import base_folder  # here, because pretrain.py itself is built on this file
-
-        name = str(base_folder())
     kind, raw, config = read_config(name, revision)
     hub = {"revision": revision or "main"}
     names = LLADA_NAMES if kind == "llada" else None
@@ -244,7 +181,7 @@ def is_bidirectional(model: Denoiser) -> bool:
     """Does changing the last token move the first prediction? (Measured: a causal mask fails silently.)"""
     x = torch.full((2, 8), model.mask_id, device=model.device)
     x[1, -1] = model.eos_id
-    h = model.hidden(x, None)[:, 1]  # position 1: a shifted model reads it at position 0
+    h = model.body(x, None)[:, 1]  # position 1: a shifted model reads it at position 0
     return not torch.equal(h[0], h[1])
 
 
@@ -291,7 +228,7 @@ def predict_memory(
         kept = kept / layers + 4 * d * budget * layers
     kept += 16 * d * budget  # the embeddings and the last norm
     rollout = 36 * max(G, budget // L) * block * V
-    scoring = 16 * min(LOGITS, budget * V) + 6 * V * d
+    scoring = 16 * min(LOGITS, budget * V) + 4 * V * d
     parts = {"weights": 4 * N, "gradients": 4 * N, "Adam": 8 * N, "reference": 4 * N * reference,
              "activations": kept, "logits": max(rollout, scoring)}
     if not train:
@@ -299,11 +236,11 @@ def predict_memory(
     return {k: v / 2**30 for k, v in parts.items()}
 
 
-def plan_memory(args, device: torch.device):
-    """Print the predicted peak before anything is loaded; refuse a model that cannot fit."""
-    if args.model == "tiny":
-        return
-    _, _, config = read_config(args.model, args.revision)
+def plan(name: str, args, device: torch.device):
+    """Print what the run will take of memory and disk before anything is loaded; refuse what cannot fit.
+
+    Disk: two checkpoints of 12 bytes per parameter (the old one until the new one is whole), and model/."""
+    _, _, config = read_config(name, args.revision)
     cuda = device.type == "cuda"
     parts = predict_memory(
         config, L=args.L, block=args.block, G=args.G, budget=args.budget,
@@ -322,3 +259,17 @@ def plan_memory(args, device: torch.device):
         if fixed > have:
             remedy = "no setting helps: choose a smaller model or a larger GPU (the README has a table)"
         refuse(f"{args.model} needs {need:.1f} GiB and {device} has {have:.1f}; {remedy}")
+    if not args.eval_only:
+        out = Path(args.out).absolute()
+        there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 2**30
+        free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free / 2**30
+        need = 7 * parts["weights"] - there
+        print(f"disk: checkpoints and model take up to {need:.1f} GiB in {args.out}, {free:.1f} are free")
+        if need > free:
+            refuse(f"{args.out} needs {need:.1f} GiB of disk and {free:.1f} are free: choose another --out")
+
+
+def release_memory():
+    """Give freed memory back to the system. glibc keeps it: batches of ever new sizes add up to gigabytes."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

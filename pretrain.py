@@ -27,8 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import release_memory
-from models import Denoiser, save_model
+from common import Denoiser
+from models import release_memory, save_model
 from tasks import sudoku_puzzles, sudoku_split
 
 
@@ -94,7 +94,7 @@ def train(settings: Settings) -> Denoiser:
         k = rng.integers(1, 17, size=(settings.batch, 1))
         hidden = torch.from_numpy(rng.random((settings.batch, 16)).argsort(1).argsort(1) < k)
         x = torch.cat([prompt, target.masked_fill(hidden, model.mask_id)], 1)
-        logits = model.head(model.hidden(x, None)[:, -16:][hidden])  # (hidden tokens, V)
+        logits = model.head(model.body(x, None)[:, -16:][hidden])  # (hidden tokens, V)
         loss = torch.nn.functional.cross_entropy(logits, target[hidden], reduction="none")
         per_board = loss / torch.from_numpy(k).expand(-1, 16)[hidden]  # mean over a board's hidden tokens
         loss = per_board.sum() / settings.batch

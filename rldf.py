@@ -1,10 +1,10 @@
 """RLDF: reinforcement learning from denoising feedback ("Drift", arXiv 2605.25638).
 
 Rows are decoded adaptively: a step reveals every token the model is confident of (`threshold`), so easy rows
-take few steps. The update looks again at k of a row's steps, the surprising ones more often, and learns from
+take few steps. The update looks again at K of a row's steps, the surprising ones more often, and learns from
 everything the model believes there, not only from what it revealed:
 
-    k steps, drawn without replacement: P(s) = softmax(w / tau), w_s = -mean log p of the tokens s revealed
+    K steps, drawn without replacement: P(s) = softmax(w / tau), w_s = -mean log p of the tokens s revealed
     canvas: the row as the sampler had it before step s
     m = hidden and valid and (p(token | canvas) >= p_min or revealed at s)           ("clipped clean state")
     loss = sum over canvases and tokens of m (-A log p + beta k3) / sum of m
@@ -22,7 +22,7 @@ Differences from the paper: minibatches; small-batch defaults for the tiny model
 
 python rldf.py                         4x4 Sudoku, 28 to 57 % solved in 3.1 minutes of RL on 2 CPU cores
 python rldf.py --select uniform        the ablations: uniform steps; --p_min 0: no clipping of the clean
-                                       state; --canvas random: random masks in place of the sampler's own
+                                       state; --masks random: random masks in place of the sampler's own
 """
 
 import copy
@@ -32,45 +32,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    load_task, micro_batches, parse_args, per_step, pick_device, refuse, reward_rows,
-                    rollout_metrics, score)
-from models import load_model, plan_memory
+from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
+                    micro_batches, minibatches, per_step, refuse, reward_rows, rollout_metrics, score)
+from run import Flags, Run, evaluate_only, parse_args, setup
 
 
 @dataclass
-class Args:
-    # <frozen: flags>
-    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
-    revision: str | None = None  # of the hub id
-    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
-    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
-    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
-    test_data: str = ""  # local held-out rows
-    seed: int = 1  # decides every random draw of the run, not the tiny base
-    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
-    resume: str = ""  # go on with this run folder
-    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
-    eval_every: int = 20  # updates between evaluations on the held-out rows
-    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
-    eval_rows: int = 1024  # held-out rows evaluated, at most
-    save_every: int = 10  # updates between checkpoints
+class Args(Flags):
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward
-    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
-    # </frozen>
-    steps: int = 80  # rollouts, each with its updates
+    updates: int = 80  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
-    k: int = 4  # denoising steps per row (paper: 4)
+    K: int = 4  # denoising steps per row (paper: k = 4)
     tau: float = 1.0  # tau, temperature of the draw of steps (paper: 1)
     select: Literal["surprise", "uniform"] = "surprise"  # how steps are drawn (paper: surprise)
-    canvas: Literal["sequential", "random"] = "sequential"  # sampler's states (paper), or 30 % hidden
+    masks: Literal["sequential", "random"] = "sequential"  # the sampler's states (paper), or 30 % hidden
     p_min: float = 0.6  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
     eps: float = 0.2  # clip of the ratio, used when passes > 1
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.01); 0: no reference model
@@ -92,16 +73,16 @@ def step_surprise(roll: Rollout) -> tuple[Tensor, Tensor]:
     return -per_step(roll.logp * roll.valid, roll.step, roll.S) / count.clamp(min=1), count > 0
 
 
-def draw_steps(w: Tensor, candidates: Tensor, k: int, tau: float, noise: Tensor) -> Tensor:
-    """k steps per row, P = softmax(w / tau) over the candidates, without replacement: (B, k).
+def draw_steps(w: Tensor, candidates: Tensor, K: int, tau: float, noise: Tensor) -> Tensor:
+    """K steps per row, P = softmax(w / tau) over the candidates, without replacement: (B, K).
 
-    noise (B, 1+k, S), uniform: Gumbel-top-k with the first; a row with fewer candidates takes them all and
+    noise (B, 1+K, S), uniform: Gumbel-top-k with the first; a row with fewer candidates takes them all and
     fills up with replacement, one of the others per place."""
     gumbel = -(-noise.log()).log()
     logits = (w / tau).masked_fill(~candidates, -torch.inf)
-    first = (logits + gumbel[:, 0]).topk(k).indices
+    first = (logits + gumbel[:, 0]).topk(K).indices
     again = (logits[:, None] + gumbel[:, 1:]).argmax(2)
-    enough = torch.arange(k, device=w.device) < candidates.sum(1, keepdim=True)
+    enough = torch.arange(K, device=w.device) < candidates.sum(1, keepdim=True)
     return torch.where(enough, first, again)
 
 
@@ -143,85 +124,77 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
 def train(args: Args) -> float:
     """One run; returns the held-out accuracy at its end."""
     S = args.L if args.threshold else args.S  # most steps a row can take
-    if not 1 <= args.k <= S:
-        refuse(f"--k {args.k} must be at least 1 and at most {S}, the steps a row can take")
+    if not 1 <= args.K <= S:
+        refuse(f"--K {args.K} must be at least 1 and at most {S}, the steps a row can take")
     if args.tau <= 0 or args.threshold > 1:
         refuse("--tau must be above 0 and --threshold at most 1")
     if args.threshold and args.order == "random":
         refuse("--order random has no probability to compare with a threshold: use --threshold 0")
     # <frozen: setup>
-    device = pick_device()
-    plan_memory(args, device)
-    model = load_model(args.model, device, args.revision, args.mask_id, args.gradient_checkpointing)
-    task = load_task(args, model)
-    # </frozen>
-    reference = copy.deepcopy(model) if args.beta and not args.eval_only else None
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.999),
-                                  weight_decay=0.01, fused=device.type == "cuda")  # fused: less memory
-    # <frozen: run>
-    run = Run(args, METHOD, model, task, optimizer)
+    model, task = setup(args)
     if args.eval_only:
-        return run.eval_only()
+        return evaluate_only(args, model, task)
     # </frozen>
+    reference = copy.deepcopy(model) if args.beta else None  # as it is before training, also when resumed
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.999),
+                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
+    run = Run(args, METHOD, model, task, optimizer)
 
     while not run.boundary():  # 1 save, evaluate
         # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.step)
+        ids = draw_prompts(args, len(task.train), run.update)
         rows = [task.train[i] for i in ids for _ in range(args.G)]
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                        temperature=args.temperature, order=args.order, threshold=args.threshold or None,
                        budget=args.budget)
         run.counters["nfe_rollout"] += roll.nfe
-        seconds_rollout = run.lap()
+        run.lap("rollout")
 
         # 3 reward
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        seconds_reward = run.lap()
+        run.lap("reward")
 
-        # 4 advantage, and the canvases to learn from: (B, k, L)
+        # 4 advantage, and the canvases to learn from: (B, K, L)
         adv = advantage(reward, args.G)  # (B,)
         w, candidates = step_surprise(roll)
-        gens = [generator(device, args.seed, "steps", run.step, i) for i in ids]
+        gens = [generator(model.device, args.seed, "steps", run.update, i) for i in ids]
         w = w if args.select == "surprise" else torch.zeros_like(w)
-        steps = draw_steps(w, candidates, args.k, args.tau, group_noise(gens, len(rows), (1 + args.k, S)))
+        steps = draw_steps(w, candidates, args.K, args.tau, group_noise(gens, len(rows), (1 + args.K, S)))
         hidden = roll.step[:, None] >= steps[..., None]
         revealed = roll.step[:, None] == steps[..., None]
-        if args.canvas == "random":  # the tail behind an EOS stays hidden, all that is hidden is scored
-            gens = [generator(device, args.seed, "canvas", run.step, i) for i in ids]
-            drawn = group_noise(gens, len(rows), (args.k, args.L)) < 0.3
+        if args.masks == "random":  # the tail behind an EOS stays hidden, all that is hidden is scored
+            gens = [generator(model.device, args.seed, "canvas", run.update, i) for i in ids]
+            drawn = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
             hidden = drawn & roll.valid[:, None] | (roll.step == S)[:, None]
             revealed = hidden
 
         # 5 update
-        pairs = torch.cartesian_prod(torch.arange(len(rows)), torch.arange(args.k)).to(device)
+        pairs = torch.ones_like(steps).nonzero()  # (B * K, 2): a row and one of its canvases
         tokens_each = prompt.shape[1] + args.L
         logp_old = None
         if args.passes > 1:
-            logp_old = torch.zeros(hidden.shape, device=device, dtype=roll.logp.dtype)
+            logp_old = torch.zeros(hidden.shape, device=model.device, dtype=roll.logp.dtype)
             with torch.no_grad():
                 for part in micro_batches(pairs, tokens_each, args.budget):
-                    r, j = part.unbind(1)
-                    logp_old[r, j] = canvas_logp(model, roll[r], hidden[r, j], args.temperature)
+                    r, k = part.unbind(1)
+                    logp_old[r, k] = canvas_logp(model, roll[r], hidden[r, k], args.temperature)
             run.counters["nfe_update"] += len(pairs)
         infos = []
         for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", run.step, epoch)
-            shuffle = torch.randperm(args.prompts, generator=gen).to(device)
-            for groups in shuffle.chunk(args.minibatches):
-                batch = pairs[torch.isin(pairs[:, 0] // args.G, groups)]
+            for batch in minibatches(args, pairs, run.update, epoch):
                 info = dict.fromkeys(("loss", "kl", "scored_tokens"), 0.0)
                 for part in micro_batches(batch, tokens_each, args.budget):
-                    r, j = part.unbind(1)
-                    logp = canvas_logp(model, roll[r], hidden[r, j], args.temperature)  # (M, L)
-                    old = None if logp_old is None else logp_old[r, j]
+                    r, k = part.unbind(1)
+                    logp = canvas_logp(model, roll[r], hidden[r, k], args.temperature)  # (M, L)
+                    old = None if logp_old is None else logp_old[r, k]
                     p = (logp.detach() if old is None else old).exp()
-                    m = clean_state_mask(p, hidden[r, j], roll.valid[r], revealed[r, j], args.p_min)
+                    m = clean_state_mask(p, hidden[r, k], roll.valid[r], revealed[r, k], args.p_min)
                     loss = token_loss(logp, old, adv[r], args.eps)
                     if reference:
                         with torch.no_grad():
-                            logp_ref = canvas_logp(reference, roll[r], hidden[r, j], args.temperature)
+                            logp_ref = canvas_logp(reference, roll[r], hidden[r, k], args.temperature)
                         kl = k3(logp, logp_ref)
                         loss = loss + args.beta * kl
                         info["kl"] += (kl * m).sum().item()
@@ -232,18 +205,14 @@ def train(args: Args) -> float:
                     run.counters["nfe_update"] += len(part) * (2 if reference else 1)
                 scored = max(info["scored_tokens"], 1)
                 for parameter in model.network.parameters():
-                    parameter.grad /= scored
+                    if parameter.grad is not None:
+                        parameter.grad /= scored
                 info["loss"], info["kl"] = info["loss"] / scored, info["kl"] / scored
                 info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
                 infos.append(info)
 
         # 6 log
-        run.log_update({
-            **rollout_metrics(roll, reward, parts, args.G, seconds_rollout),
-            **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
-            "seconds_reward": seconds_reward,
-            "seconds_update": run.lap(),
-        })
+        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
     return run.finish()
 
 

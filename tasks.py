@@ -29,18 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common import Task
 from sandbox import run_tests
-
-
-@dataclass
-class Task:
-    """Prompts and the reward of what is answered; its parts always have `correct` and `parse_fail`."""
-
-    train: list[dict]  # each row has "prompt", a user's message, and what the reward reads; may be empty
-    test: list[dict]  # held out
-    reward: Callable[[str, dict], tuple[float, dict[str, float]]]
-    draw: Callable[[str, dict], list[str]]  # a completion as a person would want to see it, line by line
-    parallel: bool = False  # the reward waits for other processes: rows may be scored in many threads at once
 
 
 @dataclass

@@ -34,39 +34,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common import (Denoiser, Rollout, Run, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    load_task, micro_batches, parse_args, per_step, pick_device, refuse, reward_rows,
-                    rollout_metrics, score, until_eos)
-from models import load_model, plan_memory
+from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
+                    micro_batches, minibatches, per_step, refuse, reward_rows, rollout_metrics, score,
+                    until_eos)
+from run import Flags, Run, evaluate_only, parse_args, setup
 
 
 @dataclass
-class Args:
-    # <frozen: flags>
-    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
-    revision: str | None = None  # of the hub id
-    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
-    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
-    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
-    test_data: str = ""  # local held-out rows
-    seed: int = 1  # decides every random draw of the run, not the tiny base
-    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
-    resume: str = ""  # go on with this run folder
-    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
-    eval_every: int = 20  # updates between evaluations on the held-out rows
-    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
-    eval_rows: int = 1024  # held-out rows evaluated, at most
-    save_every: int = 10  # updates between checkpoints
+class Args(Flags):
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    budget: int = 8448  # most tokens in one forward
-    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
-    # </frozen>
-    steps: int = 80  # rollouts, each with its updates
+    updates: int = 80  # rollouts, each with its optimizer steps
     plusplus: bool = False  # wd1++: score the denoising trajectory
     positive_only: bool = False  # drop w-, the push away from bad completions
     K: int = 8  # wd1++: denoising steps per row that stand for all S, drawn uniformly
@@ -141,42 +123,37 @@ def train(args: Args) -> float:
     if args.hide_prompt > 1:
         refuse("--hide_prompt is a share, at most 1")
     # <frozen: setup>
-    device = pick_device()
-    plan_memory(args, device)
-    model = load_model(args.model, device, args.revision, args.mask_id, args.gradient_checkpointing)
-    task = load_task(args, model)
+    model, task = setup(args)
+    if args.eval_only:
+        return evaluate_only(args, model, task)
     # </frozen>
     optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=device.type == "cuda")  # fused: less memory
-    # <frozen: run>
+                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
     run = Run(args, METHOD, model, task, optimizer)
-    if args.eval_only:
-        return run.eval_only()
-    # </frozen>
     G, L, S = args.G, args.L, args.S
 
     while not run.boundary():  # 1 save, evaluate
         # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.step)
+        ids = draw_prompts(args, len(task.train), run.update)
         rows = [task.train[i] for i in ids for _ in range(G)]
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(device, args.seed, "rollout", run.step, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=L, S=S, block=args.block,
                        temperature=args.temperature, guess=args.plusplus, budget=args.budget)
         run.counters["nfe_rollout"] += roll.nfe
-        seconds_rollout = run.lap()
+        run.lap("rollout")
 
         # 3 reward: of the completions, or (wd1++) of the one-step completions of K canvases per row
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
         if args.plusplus:
-            gens = [generator(device, args.seed, "steps", run.step, i) for i in ids]
+            gens = [generator(model.device, args.seed, "steps", run.update, i) for i in ids]
             steps, member = draw_steps(roll, args.K, group_noise(gens, len(rows), (S,)))  # (B, K)
             y = clean_predictions(roll, steps)  # (B, K, L)
             member_rows = [row for row in rows for _ in range(args.K)]
             member_reward, _, _ = reward_rows(model, task, y.flatten(0, 1), member_rows)
         else:
             member_reward, member = reward, torch.ones_like(reward, dtype=torch.bool)
-        seconds_reward = run.lap()
+        run.lap("reward")
 
         # 4 advantage, as weights
         per_group = (args.prompts, -1)
@@ -184,43 +161,36 @@ def train(args: Args) -> float:
                                args.positive_only)
 
         # 5 update
+        if args.plusplus:
+            pairs = member.nonzero()  # a row and one of its steps
+        else:
+            pairs = torch.arange(0, len(rows), G, device=model.device)[:, None]  # a prompt's first row
         infos = []
         for epoch in range(args.passes):
-            gens = [generator(device, args.seed, "prompt mask", run.step, epoch, i) for i in ids]
+            gens = [generator(model.device, args.seed, "prompt mask", run.update, epoch, i) for i in ids]
             shown = hide_tokens(prompt[::G], prompt_mask[::G], args.hide_prompt, model.mask_id, gens)
-            gen = generator("cpu", args.seed, "pass", run.step, epoch)
-            shuffle = torch.randperm(args.prompts, generator=gen).to(device)
-            for groups in shuffle.chunk(args.minibatches):
+            for batch in minibatches(args, pairs, run.update, epoch):
                 total = 0.0
-                if args.plusplus:  # canvases: the kept steps of every row of the groups
-                    kept = member & torch.isin(torch.arange(len(rows), device=device) // G, groups)[:, None]
-                    items = kept.nonzero()  # (M, 2)
-                else:  # canvases: one per prompt
-                    items = groups
-                for part in micro_batches(items, prompt.shape[1] + L, args.budget):
+                for part in micro_batches(batch, prompt.shape[1] + L, args.budget):
                     if args.plusplus:
                         r, k = part.unbind(1)
                         x = canvas(roll[r], roll.step[r] >= steps[r, k][:, None])
                         logp = trajectory_logp(model, x, prompt_mask[r], y[r, k], args.temperature)
                         w = weight.view(-1, args.K)[r, k]
                     else:
+                        p = part[:, 0] // G
                         completion, valid = roll.completion.view(-1, G, L), roll.valid.view(-1, G, L)
-                        logp = one_step_logp(model, shown[part], prompt_mask[::G][part], completion[part],
-                                             valid[part], args.temperature)
-                        w = weight[part]
-                    loss = (w * logp).sum() / len(groups)  # mean over prompts
+                        logp = one_step_logp(model, shown[p], prompt_mask[::G][p], completion[p],
+                                             valid[p], args.temperature)
+                        w = weight[p]
+                    loss = (w * logp).sum() / (args.prompts // args.minibatches)  # mean over prompts
                     loss.backward()
                     total += loss.item()
                     run.counters["nfe_update"] += len(part)
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
         # 6 log
-        run.log_update({
-            **rollout_metrics(roll, reward, parts, G, seconds_rollout),
-            **{k: sum(i[k] for i in infos) / len(infos) for k in infos[0]},
-            "seconds_reward": seconds_reward,
-            "seconds_update": run.lap(),
-        })
+        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
     return run.finish()
 
 

@@ -63,7 +63,7 @@ class Tabular:
         self.shift = False
         self.device = torch.device("cpu")
 
-    def hidden(self, x, attn):
+    def body(self, x, attn):
         h = self.table[tuple(x[:, -self.L :].T)]  # (B, L, V + 1)
         return torch.nn.functional.pad(h, (0, 0, x.shape[1] - self.L, 0))
 

@@ -10,7 +10,8 @@ from conftest import Tabular
 from test_methods import launch, lines
 
 import egspo
-from common import Rollout, per_step, save_model, until_eos
+from common import Rollout, per_step, until_eos
+from models import save_model
 from pretrain import tiny_model
 
 V = 3
@@ -19,7 +20,7 @@ V = 3
 def probabilities(model, state: list[int]) -> torch.Tensor:
     """(L, V) distribution of every position given a state, a list of tokens with the mask token where
     hidden."""
-    return model.head(model.hidden(torch.tensor([state]), None))[0, :, :V].softmax(-1)
+    return model.head(model.body(torch.tensor([state]), None))[0, :, :V].softmax(-1)
 
 
 def enumerate_rollouts(model, L: int, n: int, order: str, block: int):
@@ -279,7 +280,7 @@ def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(tmp_pat
         return honest(model, roll, s, temperature)
 
     monkeypatch.setattr(egspo, "step_logp", spy)
-    shape = ["--model", tmp_path / "base", *"--prompts 4 --G 2 --S 4 --minibatches 2 --steps 1".split()]
+    shape = ["--model", tmp_path / "base", *"--prompts 4 --G 2 --S 4 --minibatches 2 --updates 1".split()]
     for K in (2, 4):
         seen.clear()
         launch("egspo", *shape, "--K", K, "--passes", 2, "--out", tmp_path / f"run{K}")

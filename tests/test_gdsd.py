@@ -16,6 +16,7 @@ import models
 import gdsd
 import pretrain
 from common import Rollout, denoise, group_noise, log_prob, until_eos
+from run import Run
 from gdsd import advantage, centred_logit, distillation_loss, mask_pairs, pair_score
 
 L, G, T = 12, 4, 0.7
@@ -234,7 +235,7 @@ def slow_score(model, roll, b: int, pair, match: str, temperature: float) -> tor
         shown = [model.mask_id if m else t for m, t in zip(mask, y, strict=True)]
         assert shown[end:] == [model.mask_id] * (len(y) - end)
         x = torch.cat([roll.prompt[b][roll.prompt_mask[b]], torch.tensor(shown)])
-        z = model.head(model.hidden(x[None], None))[0, len(x) - len(y) + i] / temperature
+        z = model.head(model.body(x[None], None))[0, len(x) - len(y) + i] / temperature
         rest = [v for v in range(len(z)) if v != model.mask_id]
         total = total + z[y[i]] - (z[rest].mean() if match == "tlc" else z[rest].exp().sum().log())
     return total / end
@@ -392,9 +393,9 @@ def test_the_released_clamp_stops_after_the_first_pass():
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Launch a small run from the sharp model; returns the metrics of its updates."""
-    common.save_model(sharp_model(), tmp_path / "model")
+    models.save_model(sharp_model(), tmp_path / "model")
     offer(monkeypatch, "toy", lambda: toy_task(("1=", "23=", "456=", "7=")))
-    monkeypatch.setattr(common, "plot", lambda *_: None)  # it would take half of the time
+    monkeypatch.setattr("run.plot", lambda *_: None)  # it would take half of the time
     number = itertools.count()
 
     def go(flags: str) -> list[dict]:
@@ -433,7 +434,7 @@ def test_old_reference_and_every_pass_see_the_same_masks(run, monkeypatch, tmp_p
     rolls = record(monkeypatch, "denoise", lambda _, roll: roll)
     masks = record(monkeypatch, "mask_pairs", lambda inputs, hidden: (inputs[1], hidden))
     calls = record(monkeypatch, "pair_score", note)
-    updates = run("--steps 2 --passes 2 --minibatches 2 --beta 0.1 --budget 200 --lr 1e-2")
+    updates = run("--updates 2 --passes 2 --minibatches 2 --beta 0.1 --budget 200 --lr 1e-2")
     noise = [set(noise.flatten().tolist()) for noise, _ in masks]
     assert len(noise) == 2 and noise[0].isdisjoint(noise[1])
     policy = next(model for _, model, grad, _ in calls if grad)
@@ -461,13 +462,13 @@ def exact(monkeypatch):
     """Runs in float64, of a network without ModernBERT's layers, which rotate in fp32. Returns the list that
     every optimizer step adds (gradient, weights) to."""
 
-    def hidden(self, x, attn):
+    def body(self, x, attn):
         e = self.network.model.embeddings.tok_embeddings(x)
         if attn is not None:
             e = e * attn[..., None]
         return (e + 2 * e.cumsum(1) + e.sum(1, keepdim=True)).tanh()
 
-    steps, load, step = [], gdsd.load_model, common.Run.optimizer_step
+    steps, load, step = [], models.load_model, Run.optimizer_step
 
     def double(*inputs):
         model = load(*inputs)
@@ -480,9 +481,9 @@ def exact(monkeypatch):
         steps.append((torch.cat(grads), weights))
         return step(self, *inputs)
 
-    monkeypatch.setattr(common.Denoiser, "hidden", hidden)
-    monkeypatch.setattr(common.Run, "optimizer_step", recording)
-    monkeypatch.setattr(gdsd, "load_model", double)
+    monkeypatch.setattr(common.Denoiser, "body", body)
+    monkeypatch.setattr(Run, "optimizer_step", recording)
+    monkeypatch.setattr(models, "load_model", double)
     torch.set_default_dtype(torch.float64)
     yield steps
     torch.set_default_dtype(torch.float32)
@@ -502,10 +503,10 @@ def test_a_run_computes_the_papers_loss(run, exact, monkeypatch, tmp_path, match
     """Two updates of three passes: the scores of old, reference and policy are of different networks."""
     rolls = record(monkeypatch, "denoise", lambda _, roll: roll)
     masks = record(monkeypatch, "mask_pairs", lambda _, hidden: hidden)
-    flags = "--prompts 2 --steps 2 --passes 3 --minibatches 1 --psi 2 --beta 0.3 --budget 100 --lr 1e-2"
+    flags = "--prompts 2 --updates 2 --passes 3 --minibatches 1 --psi 2 --beta 0.3 --budget 100 --lr 1e-2"
     updates = run(f"--match {match} {flags}")
     assert rolls[0].valid.sum(1).unique().numel() > 3
-    model = gdsd.load_model(str(tmp_path / "model"))
+    model = models.load_model(str(tmp_path / "model"))
     start = {k: v.clone() for k, v in model.network.state_dict().items()}
 
     def c(weights, roll, hidden):
@@ -534,7 +535,7 @@ def test_the_gradient_does_not_depend_on_the_budget(run, exact):
 
     def gradients(minibatches: int, budget: int) -> list[torch.Tensor]:
         exact.clear()
-        run(f"--passes 1 --minibatches {minibatches} --steps 1 --lr 0 --beta 0.1 --budget {budget}")
+        run(f"--passes 1 --minibatches {minibatches} --updates 1 --lr 0 --beta 0.1 --budget {budget}")
         return [grad for grad, _ in exact]
 
     (whole,) = gradients(1, 10_000)
@@ -547,8 +548,8 @@ def test_the_gradient_does_not_depend_on_the_budget(run, exact):
 
 
 def test_drift_is_said(tmp_path, monkeypatch, capfd):
-    common.save_model(pretrain.tiny_model(layers=1, width=32), tmp_path / "base")
-    shape = "--prompts 2 --minibatches 2 --G 2 --S 4 --steps 2 --eval_threshold 0".split()
+    models.save_model(pretrain.tiny_model(layers=1, width=32), tmp_path / "base")
+    shape = "--prompts 2 --minibatches 2 --G 2 --S 4 --updates 2 --eval_threshold 0".split()
     for limit, said in ((20.0, False), (0.0, True)):
         monkeypatch.setattr(gdsd, "DRIFT", limit)
         out = tmp_path / f"run{limit}"

@@ -21,6 +21,7 @@ from conftest import offer
 import common
 import models
 import pretrain
+import run
 import tasks
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def folder(tmp_path_factory) -> str:
     """An untrained tiny model as a transformers folder: what a method does does not depend on its
     training."""
     path = tmp_path_factory.mktemp("model") / "untrained"
-    common.save_model(pretrain.tiny_model(layers=1, width=32), path)
+    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
     return str(path)
 
 
@@ -44,7 +45,7 @@ def launch(method: str, *argv) -> float:
     module = importlib.import_module(method)
     old, sys.argv = sys.argv, [method + ".py", *map(str, argv)]
     try:
-        return module.train(common.parse_args(module.Args, method, module.LLM))
+        return module.train(run.parse_args(module.Args, method, module.LLM))
     finally:
         sys.argv = old
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,12 +70,12 @@ def same_run(a: Path, b: Path):
 @pytest.mark.parametrize("method", METHODS)
 def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path):
     four, two = tmp_path / "four", tmp_path / "two"
-    launch(method, "--model", folder, *SMALL, "--steps", 4, "--out", four)
-    launch(method, "--model", folder, *SMALL, "--steps", 2, "--out", two)
-    launch(method, "--resume", two, "--steps", 4)
+    launch(method, "--model", folder, *SMALL, "--updates", 4, "--out", four)
+    launch(method, "--model", folder, *SMALL, "--updates", 2, "--out", two)
+    launch(method, "--resume", two, "--updates", 4)
     same_run(four, two)
     other = tmp_path / "other-seed"
-    launch(method, "--model", folder, *SMALL, "--steps", 4, "--seed", 4, "--out", other)
+    launch(method, "--model", folder, *SMALL, "--updates", 4, "--seed", 4, "--out", other)
     assert lines(other) != lines(four)
 
 
@@ -88,7 +89,7 @@ def wait_for_update(out: Path, step: int, process: subprocess.Popen):
     end = time.time() + 60
     while time.time() < end and process.poll() is None:
         if (out / "metrics.jsonl").exists():
-            done = [row["step"] for row in complete_lines(out / "metrics.jsonl")]
+            done = [row["update"] for row in complete_lines(out / "metrics.jsonl")]
             if done and done[-1] >= step:
                 return
         time.sleep(0.02)
@@ -101,15 +102,15 @@ def complete_lines(file: Path) -> list[dict]:
 
 def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    launch("egspo", "--model", folder, *SMALL, "--steps", 12, "--save_every", 3, "--out", whole)
-    process = start("egspo", "--model", folder, *SMALL, "--steps", 12, "--save_every", 3, "--out", killed)
+    launch("egspo", "--model", folder, *SMALL, "--updates", 12, "--save_every", 3, "--out", whole)
+    process = start("egspo", "--model", folder, *SMALL, "--updates", 12, "--save_every", 3, "--out", killed)
     wait_for_update(killed, 4, process)
     process.kill()
     process.communicate()
-    done = complete_lines(killed / "metrics.jsonl")[-1]["step"]
+    done = complete_lines(killed / "metrics.jsonl")[-1]["update"]
     assert done < 12, "killed too late to show anything"
     with open(killed / "metrics.jsonl", "a") as file:
-        file.write('{"step": 99, "rew')  # what a kill in the middle of a write leaves behind
+        file.write('{"update": 99, "rew')  # what a kill in the middle of a write leaves behind
     (killed / "state.tmp").write_bytes(b"half a checkpoint")
     launch("egspo", "--resume", killed)
     same_run(whole, killed)
@@ -117,29 +118,29 @@ def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):
 
 def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(folder, tmp_path):
     out = tmp_path / "run"
-    process = start("egspo", "--model", folder, *SMALL, "--steps", 1000, "--save_every", 1000, "--out", out)
+    process = start("egspo", "--model", folder, *SMALL, "--updates", 1000, "--save_every", 1000, "--out", out)
     wait_for_update(out, 2, process)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert f"--resume {out}" in stdout
-    step = torch.load(out / "state.pt", weights_only=True)["step"]
+    step = torch.load(out / "state.pt", weights_only=True)["update"]
     assert 2 <= step < 1000
-    assert complete_lines(out / "metrics.jsonl")[-1]["step"] == step
-    launch("egspo", "--resume", out, "--steps", step + 1)
-    assert lines(out)[-1]["step"] == step + 1
+    assert complete_lines(out / "metrics.jsonl")[-1]["update"] == step
+    launch("egspo", "--resume", out, "--updates", step + 1)
+    assert lines(out)[-1]["update"] == step + 1
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys):
     out = tmp_path / "run"
-    accuracy = launch(method, "--model", folder, *SMALL, "--steps", 3, "--out", out)
+    accuracy = launch(method, "--model", folder, *SMALL, "--updates", 3, "--out", out)
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("before", "after", "solved", "failed", "NFE", str(out)))
     first, last = lines(out)[0], lines(out)[-1]
-    assert first["step"] == 0 and last["step"] == 3 and last["eval_accuracy"] == accuracy
+    assert first["update"] == 0 and last["update"] == 3 and last["eval_accuracy"] == accuracy
     updates = [row for row in complete_lines(out / "metrics.jsonl") if "reward" in row]
-    assert [row["step"] for row in updates] == [1, 2, 3]
+    assert [row["update"] for row in updates] == [1, 2, 3]
     assert all(math.isfinite(value) for row in updates for value in row.values())
     most = 16 if method == "rldf" else 4  # adaptive rollouts take at most a step per token
     assert 8 * 2 <= updates[0]["nfe_rollout"] <= 8 * 2 * most
@@ -159,7 +160,7 @@ BAD = {
     "--task chess": "sudoku",
     "--model nowhere": "tiny",
     "--nonsense 1": "nonsense",
-    "--steps many": "steps",
+    "--updates many": "steps",
     "--G 1": "at least 2",
     "--prompts 0": "at least 1",
     "--prompts 9000": "8192",
@@ -168,12 +169,12 @@ BAD = {
     "--L 32 --block 8 --S 2": "4 blocks",
     "--L 64 --S 8": "64",
     "--temperature 0": "explore",
-    "--steps -1": "at least 0",
+    "--updates -1": "at least 0",
     "--lr nan": "lr",
-    "--resume /nowhere": "no checkpoint",
+    "--resume /nowhere": "no run",
 }
 BAD_OF = {
-    "rldf": {"--k 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--canvas": "canvas",
+    "rldf": {"--K 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--masks": "masks",
              "--order random": "threshold"},
     "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--beta -1": "at least 0"},
     "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
@@ -202,7 +203,7 @@ def test_wrong_input_stops_with_one_line_and_status_2(method, folder, tmp_path, 
 
 def test_wrong_runs_are_refused(folder, tmp_path, capfd):
     out = tmp_path / "run"
-    launch("egspo", "--model", folder, *SMALL, "--steps", 1, "--out", out)
+    launch("egspo", "--model", folder, *SMALL, "--updates", 1, "--out", out)
     before = (out / "state.pt").read_bytes(), (out / "metrics.jsonl").read_bytes()
     settings = json.loads((out / "args.json").read_text())
     other = tmp_path / "other"
@@ -220,23 +221,26 @@ def test_wrong_runs_are_refused(folder, tmp_path, capfd):
 
 
 def test_non_finite_gradients_are_skipped_and_three_stop_the_run(folder, tmp_path, monkeypatch, capfd):
-    """Infinite rewards make the loss NaN from the second update on."""
+    """Infinite rewards make the loss NaN from the third update on; what is kept led
+    to a finite one."""
     honest, calls = common.reward_rows, []
 
     def broken(*inputs):
         reward, parts, texts = honest(*inputs)
         calls.append(1)
-        return (reward * math.nan if len(calls) > 1 else reward), parts, texts
+        return (reward * math.nan if len(calls) > 2 else reward), parts, texts
 
     egspo = importlib.import_module("egspo")
     monkeypatch.setattr(egspo, "reward_rows", broken)
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
-        launch("egspo", "--model", folder, *SMALL, "--steps", 9, "--lam", 0, "--minibatches", 1, "--out", out)
+        flags = "--updates 9 --lam 0 --minibatches 1".split()
+        launch("egspo", "--model", folder, *SMALL, *flags, "--out", out)
     assert "not finite" in stopped.value.code  # sys.exit with a string: exit status 1
     updates = [row for row in lines(out) if "reward" in row]
-    assert [row["skipped"] for row in updates] == [0, 1, 2]
+    assert [row["skipped"] for row in updates] == [0, 0, 1, 2]
     assert updates[-1]["loss"] is None
+    assert torch.load(out / "state.pt", weights_only=True)["update"] == 1
     assert all(v.isfinite().all() for v in weights(out).values())
 
 
@@ -247,19 +251,18 @@ def blocks(file: Path) -> dict[str, str]:
 
 def test_frozen_blocks_are_the_same_text():
     first = blocks(ROOT / "egspo.py")
-    assert set(first) == {"flags", "setup", "run"}
+    assert set(first) == {"setup"}
     for method in METHODS:
         assert blocks(ROOT / f"{method}.py") == first, method
 
 
 def test_every_setting_is_read():
     """A flag nobody reads is a lie in --help."""
-    common_text = (ROOT / "common.py").read_text()
+    shared = "".join((ROOT / f"{name}.py").read_text() for name in ("common", "run", "models"))
     for method in METHODS:
-        text = (ROOT / f"{method}.py").read_text()
         names = [f.name for f in dataclasses.fields(importlib.import_module(method).Args)]
-        listed = re.search(r"for name in \((.*?)\):", common_text, re.S).group(1)  # checked by name
-        read = text + common_text + (ROOT / "models.py").read_text()
+        listed = re.search(r"for name in \((.*?)\):", shared, re.S).group(1)  # checked by name
+        read = (ROOT / f"{method}.py").read_text() + shared
         unread = [n for n in names if f"args.{n}" not in read and f'"{n}"' not in listed]
         assert unread == [], method
 
@@ -278,10 +281,10 @@ def test_written_commands_parse():
 # ------------------------------------------------------------------------------------------------- it learns
 
 LEARN = {
-    "rldf": "--steps 60 --lr 2e-3",
-    "gdsd": "--steps 60 --lr 2e-3",
-    "wd1": "--steps 60 --lr 5e-4",
-    "egspo": "--steps 80 --K 2 --minibatches 1 --lr 5e-3",
+    "rldf": "--updates 60 --lr 2e-3",
+    "gdsd": "--updates 60 --lr 2e-3",
+    "wd1": "--updates 60 --lr 5e-4",
+    "egspo": "--updates 80 --K 2 --minibatches 1 --lr 5e-3",
 }
 
 
@@ -299,7 +302,7 @@ def echo_task() -> tasks.Task:
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns(method, tmp_path, monkeypatch):
     base = tmp_path / "base"
-    common.save_model(pretrain.tiny_model(layers=1, width=64), base)
+    models.save_model(pretrain.tiny_model(layers=1, width=64), base)
     offer(monkeypatch, "echo", echo_task)
     begin = time.perf_counter()
     shape = "--prompts 4 --G 32 --L 4 --S 2 --block 4 --eval_every 1000 --save_every 1000".split()

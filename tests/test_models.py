@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import common
+import models
 from models import load_model
 
 X = torch.randint(0, 250, (2, 22), generator=torch.Generator().manual_seed(0))
@@ -51,9 +52,9 @@ def case(request, tmp_path_factory):
     layout, folder = request.param, tmp_path_factory.mktemp(request.param)
     written = write(layout, folder / "hub")
     model = load_model(str(folder / "hub"))
-    common.save_model(model, folder / "saved")
+    models.save_model(model, folder / "saved")
     again = load_model(str(folder / "saved"))
-    common.save_model(again, folder / "twice")
+    models.save_model(again, folder / "twice")
     twice = load_model(str(folder / "twice"))
     yield SimpleNamespace(layout=layout, folder=folder, written=written, model=model, again=again,
                           twice=twice)
@@ -73,7 +74,7 @@ def no_remote_code(monkeypatch, tmp_path):
 
 @torch.no_grad()
 def logits(model, x=X, attn=None):
-    return model.head(model.hidden(x, attn))
+    return model.head(model.body(x, attn))
 
 
 def expected(layout, written, x=X, pad_mask=None):
@@ -250,7 +251,7 @@ def test_mask_id(layout, how, argument, want, tmp_path):
     want = written["ids"].get(want, want)
     assert model.mask_id == want
     assert_same(logits(model), expected(layout, written), model)
-    common.save_model(model, tmp_path / "saved")
+    models.save_model(model, tmp_path / "saved")
     assert load_model(str(tmp_path / "saved")).mask_id == want
 
 
@@ -381,7 +382,7 @@ def test_gradient_checkpointing(layout, tmp_path):
         for i, layer in enumerate(model.network.model.layers):  # pre: a recomputation may end in the mlp
             layer.mlp.register_forward_pre_hook(lambda *_, i=i, n=count: n.__setitem__(i, n[i] + 1))
         assert not model.network.training
-        z = model.head(model.hidden(X, None))
+        z = model.head(model.body(X, None))
         assert_same(z.detach(), expected(layout, written), model)
         z.logsumexp(-1).mean().backward()
         grads.append({k: p.grad for k, p in model.network.named_parameters()})

@@ -14,8 +14,10 @@ from conftest import global_random_states, padded_prompts, sharp_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import Denoiser, save_model
-from models import is_bidirectional, load_model
+import run
+import wd1
+from common import Denoiser
+from models import is_bidirectional, load_model, save_model
 from pretrain import Settings, base_folder, demonstrations, tiny_model, train
 from tasks import sudoku_puzzles, sudoku_split
 
@@ -63,9 +65,10 @@ def test_the_base_is_built_once_and_loads(cache, monkeypatch):
     assert not torch.equal(weights(base), weights(tiny_model(layers=1, width=32)))  # trained
 
 
-def test_load_model_tiny_builds_the_base(cache, monkeypatch):
+def test_model_tiny_is_the_base(cache, monkeypatch):
     monkeypatch.setattr("pretrain.Settings", lambda: Settings(**SMALL))
-    model = load_model("tiny")
+    monkeypatch.setattr("sys.argv", ["wd1.py", "--eval_rows", "8"])
+    model, _ = run.setup(run.parse_args(wd1.Args, "wd1", wd1.LLM))
     assert torch.equal(weights(model), weights(load_model(str(base_folder(Settings(**SMALL))))))
 
 
@@ -104,7 +107,7 @@ def test_pretraining_lowers_the_loss():
 
     def loss(model):
         with torch.no_grad():
-            return torch.nn.functional.cross_entropy(model.head(model.hidden(x, None))[:, -16:].mT, target)
+            return torch.nn.functional.cross_entropy(model.head(model.body(x, None))[:, -16:].mT, target)
 
     assert loss(tiny_model(1, 32)) > np.log(10)
     assert loss(base) < np.log(5)
@@ -131,7 +134,7 @@ def test_save_and_load(folder, monkeypatch):
     prompt, mask = padded_prompts(model, 1)
     again, again_mask = padded_prompts(loaded, 1)
     assert torch.equal(prompt, again) and torch.equal(mask, again_mask)
-    assert torch.equal(model.head(model.hidden(prompt, mask)), loaded.head(loaded.hidden(prompt, mask)))
+    assert torch.equal(model.head(model.body(prompt, mask)), loaded.head(loaded.body(prompt, mask)))
 
 
 def test_saving_replaces_what_was_there(folder):

@@ -7,7 +7,9 @@ import csv
 import dataclasses
 import importlib
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 
 import common
 import models
+import run
 import tasks
 
 QUESTIONS = [f"What is {a} plus {a + 1}?" for a in range(20)]
@@ -32,7 +35,7 @@ ROWS = {  # as the local files have them
 }
 SHAPE = ("--prompts 1 --G 2 --L 16 --S 4 --block 8 --budget 600 --eval_rows 2 --eval_every 2 --save_every 1 "
          "--seed 3").split()
-OWN = {"egspo": ["--K", 2], "rldf": ["--k", 2], "wd1": ["--passes", 2], "gdsd": ["--passes", 2]}
+OWN = {"egspo": ["--K", 2], "rldf": ["--K", 2], "wd1": ["--passes", 2], "gdsd": ["--passes", 2]}
 
 
 @pytest.fixture(scope="session")
@@ -75,15 +78,15 @@ def with_a_gradient(monkeypatch):
 
 @pytest.mark.parametrize("method, layout, task", RUNS)
 def test_two_updates_and_resume(method, layout, task, data, tmp_path, monkeypatch, with_a_gradient):
-    monkeypatch.setattr(common, "plot", lambda *_: None)  # it would take half of the time
+    monkeypatch.setattr("run.plot", lambda *_: None)  # it would take half of the time
     write(layout, tmp_path / "model")
     argv = ["--model", tmp_path / "model", "--task", task, "--data", data[task], *SHAPE, *OWN[method]]
-    launch(method, *argv, "--steps", 2, "--out", tmp_path / "whole")
-    launch(method, *argv, "--steps", 1, "--out", tmp_path / "two")
-    launch(method, "--resume", tmp_path / "two", "--steps", 2)
+    launch(method, *argv, "--updates", 2, "--out", tmp_path / "whole")
+    launch(method, *argv, "--updates", 1, "--out", tmp_path / "two")
+    launch(method, "--resume", tmp_path / "two", "--updates", 2)
     same_run(tmp_path / "whole", tmp_path / "two")
     rows = [row for row in lines(tmp_path / "whole") if "reward" in row]
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["update"] for row in rows] == [1, 2]
     assert all(row["skipped"] == 0 for row in rows) and max(row["grad_norm"] for row in rows) > 0
     before = models.load_model(str(tmp_path / "model"))
     after = models.load_model(str(tmp_path / "whole" / "model"))
@@ -98,18 +101,18 @@ def test_as_on_cuda(method, data, tmp_path, monkeypatch, with_a_gradient):
         return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
     monkeypatch.setattr(models.Denoiser, "autocast", autocast)
-    monkeypatch.setattr(common, "plot", lambda *_: None)
+    monkeypatch.setattr("run.plot", lambda *_: None)
     write("dream", tmp_path / "model")
     argv = ["--model", tmp_path / "model", "--task", "gsm8k", "--data", data["gsm8k"], *SHAPE, *OWN[method]]
     beta = [] if method == "wd1" else ["--beta", 0.1]
-    launch(method, *argv, *beta, "--steps", 2, "--gradient_checkpointing", "--out", tmp_path / "run")
+    launch(method, *argv, *beta, "--updates", 2, "--gradient_checkpointing", "--out", tmp_path / "run")
     rows = [row for row in lines(tmp_path / "run") if "reward" in row]
     assert all(row["skipped"] == 0 for row in rows) and max(row["grad_norm"] for row in rows) > 0
     assert rows[0].get("kl", 0.0) == 0.0  # policy and reference round alike
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert {value.dtype for value in state["network"].values()} == {torch.float32}
     model = models.load_model(str(tmp_path / "model"))
-    hidden = model.hidden(torch.full((1, 4), model.mask_id), None)
+    hidden = model.body(torch.full((1, 4), model.mask_id), None)
     with model.autocast():
         assert model.network.lm_head(hidden).dtype == torch.bfloat16  # it was on
     assert model.head(hidden).dtype == torch.float32
@@ -121,14 +124,14 @@ def test_as_on_cuda(method, data, tmp_path, monkeypatch, with_a_gradient):
 def settings(monkeypatch, method: str, *argv):
     module = importlib.import_module(method)
     monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, argv)])
-    return common.parse_args(module.Args, method, module.LLM)
+    return run.parse_args(module.Args, method, module.LLM)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_that_reads_words_starts_from_the_papers_settings(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no earlier run has the default --out
     write("a2d-qwen3", tmp_path / "real")
-    common.save_model(sharp_model(), tmp_path / "characters")
+    models.save_model(sharp_model(), tmp_path / "characters")
     llm = importlib.import_module(method).LLM
     paper = settings(monkeypatch, method, "--model", tmp_path / "real", "--task", "gsm8k", "--seed", 5)
     assert {k: vars(paper)[k] for k in llm} == llm and (paper.seed, paper.task) == (5, "gsm8k")
@@ -143,7 +146,7 @@ def test_eval_only_gives_the_number_of_the_run_and_keeps_it_with_its_settings(da
     write("dream", tmp_path / "model")
     argv = ["--model", tmp_path / "model", "--task", "gsm8k", "--data", data["gsm8k"], *SHAPE]
     out = tmp_path / "run"
-    launch("wd1", *argv, "--eval_threshold", 0.4, "--steps", 1, "--out", out)
+    launch("wd1", *argv, "--eval_threshold", 0.4, "--updates", 1, "--out", out)
     last = [row for row in lines(out) if "eval_reward" in row][-1]
     capsys.readouterr()
     launch("wd1", "--resume", out, "--eval_only")
@@ -216,17 +219,22 @@ LLADA_8B = dict(
     (80, [], "no setting helps: choose a smaller model or a larger GPU"),
     (135, ["--beta", 0.04], "lower --budget or --G, add --gradient_checkpointing, or set --beta 0"),
     (131, ["--beta", 0, "--budget", 2048, "--G", 4], None),  # an H200 has 139
+    (131, ["--beta", 0, "--budget", 2048, "--G", 4], "needs 209.0 GiB of disk and 200.0 are free"),
 ])
-def test_memory_is_planned_before_anything_is_loaded(have, flags, said, tmp_path, monkeypatch, capsys):
+def test_memory_and_disk_are_planned_before_anything_is_loaded(
+    have, flags, said, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (have * 2**30, 141 * 2**30))
+    free = 200 if said and "disk" in said else 210
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
     args = settings(monkeypatch, "egspo", "--model", tmp_path, "--task", "gsm8k", *flags)
     if said is None:
-        models.plan_memory(args, torch.device("cuda"))
+        models.plan(args.model, args, torch.device("cuda"))
         assert "weights 29.9, gradients 29.9, Adam 59.7" in capsys.readouterr().out
         return
     with pytest.raises(SystemExit) as stopped:
-        models.plan_memory(args, torch.device("cuda"))
+        models.plan(args.model, args, torch.device("cuda"))
     captured = capsys.readouterr()
     assert stopped.value.code == 2 and said in captured.err and captured.err.count("\n") == 1
     assert "predicted peak" in captured.out and "Adam 59.7" in captured.out

@@ -14,9 +14,11 @@ from test_methods import launch
 
 import common
 import egspo
+import models
 import rldf
 import tasks
 from common import canvas, denoise, group_noise, score
+from run import Run
 from rldf import advantage, canvas_logp, clean_state_mask, draw_steps, step_surprise, token_loss
 
 L, BLOCK, G = 12, 4, 4
@@ -66,7 +68,7 @@ def assert_shares(found: torch.Tensor, expected: torch.Tensor):
 def test_the_canvas_before_s_is_the_samplers_own_input(monkeypatch):
     """At every position, of every row, at every step it took: found by counting who was still at work."""
     model = sharp_model(OFTEN)
-    seen = record(monkeypatch, model, "hidden")
+    seen = record(monkeypatch, model, "body")
     roll = rollout(model)
     leaks = 0
     for b in range(3 * G):
@@ -83,7 +85,7 @@ def test_the_canvas_before_s_is_the_samplers_own_input(monkeypatch):
 
 def test_a_finished_row_costs_nothing_more(monkeypatch):
     model = sharp_model(OFTEN)
-    seen = record(monkeypatch, model, "hidden")
+    seen = record(monkeypatch, model, "body")
     forwards = []  # per row and block
     for threshold in (1e-9, 0.3, 0.6, None):
         seen.clear()
@@ -322,7 +324,8 @@ def other_model() -> common.Denoiser:
 
 
 SPIES = ("denoise", "reward_rows", "draw_steps", "canvas_logp", "clean_state_mask", "token_loss")
-SHAPE = "--task toy --prompts 4 --G 4 --L 8 --S 8 --block 4 --k 3 --steps 1 --threshold 0.5 --temperature 0.7"
+SHAPE = ("--task toy --prompts 4 --G 4 --L 8 --S 8 --block 4 --K 3 --updates 1 --threshold 0.5 "
+         "--temperature 0.7")
 
 
 @pytest.fixture
@@ -330,21 +333,21 @@ def update(monkeypatch, tmp_path):
     """Launch one update in float64 that moves nothing (lr 0): what each of SPIES was given and gave, the
     gradients before clipping, one for each optimizer step, and the metrics."""
     monkeypatch.setattr(rldf, "copy", SimpleNamespace(deepcopy=lambda _: other_model()))
-    monkeypatch.setattr(common.Run, "evaluate", lambda self: None)
-    monkeypatch.setattr(common.Run, "finish", lambda self: 0.0)
+    monkeypatch.setattr(Run, "evaluate", lambda self: None)
+    monkeypatch.setattr(Run, "finish", lambda self: 0.0)
     seen = SimpleNamespace(gradients=[], **{name: record(monkeypatch, rldf, name) for name in SPIES})
-    real, runs = common.Run.optimizer_step, itertools.count()
+    real, runs = Run.optimizer_step, itertools.count()
 
     def optimizer_step(self, *inputs):
         seen.gradients.append(torch.cat([p.grad.flatten() for p in self.model.network.parameters()]))
         return real(self, *inputs)
 
-    monkeypatch.setattr(common.Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
 
     def go(flags: str, task=toy_task, model=policy):
         for calls in vars(seen).values():
             calls.clear()
-        monkeypatch.setattr(rldf, "load_model", lambda *_: model())
+        monkeypatch.setattr(models, "load_model", lambda *_: model())
         offer(monkeypatch, "toy", task)
         out = tmp_path / str(next(runs))
         launch("rldf", *f"{SHAPE} --lr 0 --minibatches 1 --out {out} {flags}".split())
@@ -359,7 +362,7 @@ def slow_logp(model, roll, b: int, hidden: list[int]) -> torch.Tensor:
     """(L,) log-probs of row b's tokens; its canvas alone in a forward, its prompt without padding."""
     shown = [model.mask_id if i in hidden else t for i, t in enumerate(roll.completion[b].tolist())]
     x = torch.cat([roll.prompt[b, roll.prompt_mask[b]], torch.tensor(shown)])
-    logits = model.head(model.hidden(x[None], None))[0, -len(shown) :]
+    logits = model.head(model.body(x[None], None))[0, -len(shown) :]
     return (logits / 0.7).log_softmax(1).gather(1, roll.completion[b, :, None])[:, 0]
 
 
@@ -434,7 +437,7 @@ def test_the_gradient_does_not_depend_on_the_budget(update):
 
 def test_a_canvas_with_nothing_to_score_adds_nothing(update):
     """Random canvases of short answers, one canvas per forward and all in one."""
-    whole, seen = update("--canvas random"), update("--canvas random --budget 1")
+    whole, seen = update("--masks random"), update("--masks random --budget 1")
     assert any(not m.any() for _, m in seen.clean_state_mask)
     assert relative_error(whole.gradients[0], seen.gradients[0]) < 1e-12
 
@@ -474,7 +477,7 @@ def test_select_decides_the_weights_of_the_draw(update):
 
 def test_random_canvases_hide_and_score_30_percent(update):
     """|z| < 5 over some 5000 tokens: false alarm about 6e-7. Nothing else but the tail is hidden."""
-    seen = update("--canvas random --G 60 --p_min 2 --budget 100000")
+    seen = update("--masks random --G 60 --p_min 2 --budget 100000")
     (((_, roll, hidden, _), _),), ((_, m),) = seen.canvas_logp, seen.clean_state_mask
     assert_shares(hidden[roll.valid], torch.tensor(0.3, dtype=torch.float64))
     assert torch.equal(m, hidden & roll.valid)  # all of it is scored, whatever p_min
@@ -508,14 +511,14 @@ def test_the_old_policy_is_the_one_before_the_first_pass(update):
 
 
 def test_a_run_with_every_option_completes(monkeypatch, tmp_path):
-    common.save_model(sharp_model(OFTEN), tmp_path / "model")
+    models.save_model(sharp_model(OFTEN), tmp_path / "model")
     offer(monkeypatch, "toy", toy_task)
-    flags = f"{SHAPE} --steps 2 --passes 2 --minibatches 2 --beta 0.1 --canvas random --select uniform"
+    flags = f"{SHAPE} --updates 2 --passes 2 --minibatches 2 --beta 0.1 --masks random --select uniform"
     out = tmp_path / "out"
     launch("rldf", "--model", tmp_path / "model", "--out", out, *flags.split())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in updates] == [1, 2] and updates[1]["skipped"] == 0
+    assert [row["update"] for row in updates] == [1, 2] and updates[1]["skipped"] == 0
     assert all(math.isfinite(value) for row in updates for value in row.values())
     assert updates[0]["nfe_update"] == 48 * (1 + 2 * 2)  # the old policy once; policy and reference twice
     assert updates[0]["kl"] >= 0 and updates[1]["kl"] > 1e-6

@@ -57,7 +57,7 @@ def slow_row(model, prompt, gen, row, *, block, temperature, order, threshold):
     while first < L and model.eos_id not in x:
         for _ in range(block):
             s = len(guess)
-            logits = model.head(model.hidden(torch.tensor([prompt + x]), None))[0, len(prompt) :].tolist()
+            logits = model.head(model.body(torch.tensor([prompt + x]), None))[0, len(prompt) :].tolist()
             V = len(logits[0])
             best = [max(range(V), key=logits[i].__getitem__) for i in range(L)]
             guess.append([best[i] if x[i] == model.mask_id else x[i] for i in range(L)])
@@ -235,7 +235,7 @@ def test_the_mask_token_is_never_sampled():
     model = sharp_model()
     model.network.decoder.bias.data[model.mask_id] += 50
     prompt, prompt_mask = padded_prompts(model, G)
-    h = model.hidden(prompt, prompt_mask)
+    h = model.body(prompt, prompt_mask)
     raw = model.network.decoder(model.network.head(h))
     assert (raw.argmax(-1) == model.mask_id).all()  # the network wants nothing else
     assert (model.head(h)[..., model.mask_id] == -math.inf).all()
@@ -285,7 +285,7 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(options):
 @pytest.mark.parametrize("threshold", [None, 0.5])
 def test_nfe_counts_rows_and_guesses_are_free(threshold, monkeypatch):
     model = sharp_model(OFTEN)
-    seen = record(model, monkeypatch, "hidden")
+    seen = record(model, monkeypatch, "body")
     roll = rollout(model, threshold=threshold)
     assert roll.nfe == sum(len(x) for x in seen)
     assert roll.nfe == sum(len(set(row) - {roll.S}) for row in roll.step.tolist())  # of rows still at work
@@ -303,14 +303,14 @@ def test_a_budget_changes_nothing_but_the_size_of_the_forwards(threshold, monkey
     whole = rollout(model, threshold=threshold, guess=True)
     prompt, prompt_mask = padded_prompts(model, G)
     assert not prompt_mask.all()
-    seen, masks, real = [], [], model.hidden
+    seen, masks, real = [], [], model.body
 
     def recording(x, attn):
         seen.append(x)
         masks.append(attn)
         return real(x, attn)
 
-    monkeypatch.setattr(model, "hidden", recording)
+    monkeypatch.setattr(model, "body", recording)
     for budget, groups in [(1, 1), (G * (prompt.shape[1] + L), 1), (2 * G * (prompt.shape[1] + L), 2)]:
         seen.clear()
         masks.clear()
@@ -355,7 +355,7 @@ def test_greedy_fill_in_chunks(chunk, monkeypatch):
     prompt, prompt_mask = padded_prompts(model, G)
     x = torch.randint(4, 14, (3 * G, L), generator=torch.Generator().manual_seed(0))
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = model.mask_id
-    h = model.hidden(torch.cat([prompt, x], 1), common.attention(prompt_mask, L))[:, -L:]
+    h = model.body(torch.cat([prompt, x], 1), common.attention(prompt_mask, L))[:, -L:]
     expected = torch.where(x == model.mask_id, model.head(h).argmax(-1), x)
     seen = record(model, monkeypatch, "head")
     assert torch.equal(common.greedy_fill(model, x, h), expected)

@@ -29,13 +29,13 @@ def rescored(model, roll, temperature: float) -> torch.Tensor:
 @pytest.mark.parametrize("options", CASES)
 def test_the_rebuilt_state_is_what_the_sampler_saw(options, monkeypatch):
     model = sharp_model(OFTEN)
-    seen, real = [], model.hidden
+    seen, real = [], model.body
 
     def recording(x, attn):
         seen.append(x)
         return real(x, attn)
 
-    monkeypatch.setattr(model, "hidden", recording)
+    monkeypatch.setattr(model, "body", recording)
     roll = rollout(model, **options)
     leaks = 0
     for s, x in enumerate(seen):
@@ -69,7 +69,7 @@ def test_the_mask_token_has_no_share_in_a_log_prob():
     logp.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.network.parameters())
     x, where = canvas(roll, roll.step >= 0), roll.step == 0
-    h = model.hidden(x, attention(roll.prompt_mask, L))[:, -L:]
+    h = model.body(x, attention(roll.prompt_mask, L))[:, -L:]
     raw = model.network.decoder(model.network.head(h)).log_softmax(-1)  # the mask token left in
     wrong = raw.gather(2, roll.completion[..., None])[..., 0]
     assert (wrong - roll.logp)[where].abs().min() > 10
@@ -82,7 +82,7 @@ def test_score_equals_full_logits_gathered(temperature):
     x = canvas(roll, roll.step >= 2)
     where = torch.rand(x.shape[0], L, generator=torch.Generator().manual_seed(0)) < 0.4
     where[3] = False
-    logits = model.head(model.hidden(x, attention(roll.prompt_mask, L)))[:, -L:]
+    logits = model.head(model.body(x, attention(roll.prompt_mask, L)))[:, -L:]
     full = (logits / temperature).log_softmax(-1).gather(2, roll.completion[..., None])[..., 0]
     found = score(model, x, roll.prompt_mask, roll.completion, where, temperature)
     torch.testing.assert_close(found, full * where, atol=2e-6, rtol=1e-6)

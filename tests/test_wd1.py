@@ -47,7 +47,7 @@ def slow_logits(model, prompt, prompt_mask, shown) -> torch.Tensor:
     """(L, V) of one row alone, its prompt without padding; `shown` (L,) is the completion's part of the
     canvas."""
     x = torch.cat([prompt[prompt_mask], shown])[None]
-    return model.head(model.hidden(x, None))[0, -len(shown) :]
+    return model.head(model.body(x, None))[0, -len(shown) :]
 
 
 def slow_logp(model, prompt, prompt_mask, shown, y, temperature: float) -> torch.Tensor:
@@ -406,19 +406,19 @@ def record(monkeypatch, name: str) -> list:
 def run(monkeypatch, tmp_path):
     """Launch one update that moves nothing (lr 0): (model, metrics, what was drawn). The NFE it reports are
     the rows evaluated for gradients."""
-    common.save_model(sharp_model(OFTEN), tmp_path / "model")
+    models.save_model(sharp_model(OFTEN), tmp_path / "model")
     offer(monkeypatch, "toy", toy_task)
     drawn = {name: record(monkeypatch, name) for name in ("denoise", "hide_tokens", "draw_steps")}
-    evaluated, real = [], common.Denoiser.hidden
+    evaluated, real = [], common.Denoiser.body
 
     def counting(self, x, attn):
         evaluated.append(len(x) if torch.is_grad_enabled() else 0)
         return real(self, x, attn)
 
-    monkeypatch.setattr(common.Denoiser, "hidden", counting)
+    monkeypatch.setattr(common.Denoiser, "body", counting)
 
     def go(flags: str):
-        shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --steps 1 --lr 0 --temperature 0.7"
+        shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --updates 1 --lr 0 --temperature 0.7"
         launch("wd1", "--model", tmp_path / "model", "--out", tmp_path / "out", *shape.split(),
                *flags.split())
         rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())

@@ -1,6 +1,6 @@
 """Which tokens GDSD's gradient goes to: its share on clues, which the answer only copies, for both read-outs.
 
-python results/gdsd_gradient.py        256 rollouts of the tiny base, one mask pair each
+python benchmarks/gdsd_gradient.py        256 rollouts of the tiny base, one mask pair each
 """
 
 import sys
@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import attention, canvas, denoise, encode, generator, group_noise  # noqa: E402
 from gdsd import READ, mask_pairs  # noqa: E402
 from models import load_model  # noqa: E402
+from pretrain import base_folder  # noqa: E402
 from tasks import sudoku  # noqa: E402
 
-model, rows = load_model("tiny"), sudoku().train[:256]
+model, rows = load_model(str(base_folder())), sudoku().train[:256]
 prompt, mask = encode(model, [row["prompt"] for row in rows])
 gens = [generator("cpu", 0, i) for i in range(len(rows))]
 roll = denoise(model, prompt, mask, gens, L=16, S=8, block=16)
@@ -25,7 +26,7 @@ for name, read in READ.items():
     for half in mask_pairs(roll.valid, group_noise(gens, len(rows), (1, 17)))[:, 0].unbind(1):
         where = half & roll.valid
         with torch.no_grad():
-            z = model.head(model.hidden(canvas(roll, half), attention(mask, 16))[:, -16:][where])
+            z = model.head(model.body(canvas(roll, half), attention(mask, 16))[:, -16:][where])
         z.requires_grad_()
         read(z, roll.completion[where][:, None]).sum().backward()
         size[where] = z.grad.pow(2).sum(1)

@@ -3,9 +3,9 @@
 Against the naive way, written here: LLaDA's sampler (logits, float64 noise and confidence of the whole canvas
 at every step) and an update that scores one canvas at a time with the logits of all of it.
 
-python results/gpu.py            0.6 B: 8 rows, 200 + 256 tokens, S 128, block 32; medians of 3
-python results/gpu.py 8b         8 B: one optimizer step with beta = 0, gradient checkpointing, fused AdamW
-python results/gpu.py tiny       the same code on a small body, a CPU will do: does it run?
+python benchmarks/gpu.py            0.6 B: 8 rows, 200 + 256 tokens, S 128, block 32; medians of 3
+python benchmarks/gpu.py 8b         8 B: one optimizer step with beta = 0, gradient checkpointing, fused AdamW
+python benchmarks/gpu.py tiny       the same code on a small body, a CPU will do: does it run?
 """
 
 import json
@@ -89,7 +89,7 @@ def updates(model, roll, budget: int, naive: bool):
         r, s = roll[rows[part].to(DEVICE)], steps[part].to(DEVICE)[:, None]
         x, where = common.canvas(r, r.step >= s), r.step == s
         if naive:
-            logp = model.head(model.hidden(x, None)).log_softmax(-1)[:, P:]
+            logp = model.head(model.body(x, None)).log_softmax(-1)[:, P:]
             logp = logp.gather(-1, r.completion[..., None])[..., 0] * where
         else:
             logp = common.score(model, x, r.prompt_mask, r.completion, where, 1.0)
@@ -152,7 +152,8 @@ if __name__ == "__main__":
     if what == "tiny":
         P, L, S, BLOCK, K = 20, 32, 8, 16, 4
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-    row = {"model": what, "gpu": name, "torch": torch.__version__, "command": f"python results/gpu.py {what}"}
+    command = f"python benchmarks/gpu.py {what}"
+    row = {"model": what, "gpu": name, "torch": torch.__version__, "command": command}
     if what == "8b":
         large_model(row)
     else:

@@ -1,6 +1,6 @@
 """What one forward per prompt saves wd1: likelihood and gradient against a forward per completion.
 
-python results/wd1_forwards.py        both ways in one run, medians of 7
+python benchmarks/wd1_forwards.py        both ways in one run, medians of 7
 """
 
 import statistics

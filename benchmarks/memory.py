@@ -5,7 +5,7 @@ rollout (the naive one would take 18 GiB with 8). Naive: logits, float64 noise a
 canvas at every step; log_softmax of the whole canvas in the update. Ours scores the whole completion, the
 most any method does. Each measurement is a process of its own: its peak above what it had loaded.
 
-python results/memory.py        one to two minutes
+python benchmarks/memory.py        one to two minutes
 """
 
 import resource
@@ -37,7 +37,7 @@ def naive_step(model: common.Denoiser, x: torch.Tensor, n: int, end: int) -> tor
     """One step of LLaDA's sampler: noise and confidence of the whole canvas in float64, n tokens revealed.
 
     `end`: the column behind the current block."""
-    logits = model.head(model.hidden(x, None))  # (B, P+L, V)
+    logits = model.head(model.body(x, None))  # (B, P+L, V)
     noise = torch.rand(logits.shape, dtype=torch.float64, device=x.device)
     token = (logits.double().exp() / -noise.log()).argmax(-1)
     confidence = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
@@ -58,7 +58,7 @@ def measure(way: str) -> float:
     elif way == "rollout":  # eight steps, one per block
         common.denoise(model, prompt, prompt >= 0, [common.generator("cpu", 0)], L=L, S=8, block=BLOCK)
     elif way == "update, naive":
-        logp = model.head(model.hidden(x, None)).log_softmax(-1)[:, P:].gather(-1, target[..., None])
+        logp = model.head(model.body(x, None)).log_softmax(-1)[:, P:].gather(-1, target[..., None])
         logp.sum().backward()
     else:
         where = torch.ones_like(target, dtype=torch.bool)

@@ -1,0 +1,481 @@
+"""The plumbing the four methods share; nothing here is about a method.
+
+In order: flags and their checks; model and task of the command line; evaluation; a run with its folder,
+checkpoints, clock and log; the report and the plot.
+"""
+
+import argparse
+import fcntl
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import tasks
+from common import Denoiser, Task, denoise, encode, one_line, refuse, reward_rows
+
+
+@dataclass
+class Flags:
+    """What every method's command line has; the Args of a method add what its reader needs to see."""
+
+    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
+    revision: str | None = None  # of the hub id
+    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
+    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
+    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
+    test_data: str = ""  # local held-out rows
+    seed: int = 1  # decides every random draw of the run, not the tiny base
+    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
+    resume: str = ""  # go on with this run folder
+    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
+    eval_every: int = 20  # updates between evaluations on the held-out rows
+    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
+    eval_rows: int = 1024  # held-out rows evaluated, at most
+    save_every: int = 10  # updates between checkpoints
+    budget: int = 8448  # most tokens in one forward
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
+
+
+def parse_args(Args: type, method: str, llm: dict):
+    """The command line as an Args. With a --model that reads words the settings `llm` are the defaults; with
+    --resume RUN its settings are, and few may change."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what the defaults hang on
+    first.add_argument("--model", default="tiny")
+    first.add_argument("--resume", default="")
+    said, _ = first.parse_known_args()
+    if not said.resume:
+        return check(tyro.cli(Args, default=Args(**({} if reads_characters(said.model) else llm))), method)
+    before = saved_args(Args, method, Path(said.resume))
+    args = tyro.cli(Args, default=before)
+    free = {"updates", "eval_every", "eval_threshold", "eval_rows", "save_every", "budget",
+            "gradient_checkpointing", "resume", "eval_only"}
+    changed = [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]
+    if changed:
+        refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(free))}")
+    return check(args, method)
+
+
+def saved_args(Args: type, method: str, folder: Path):
+    """The settings of the run in `folder`."""
+    file = folder / "args.json"
+    if not file.is_file():
+        refuse(f"{folder} holds no run to resume (no args.json)")
+    try:
+        saved = json.loads(file.read_text())
+        made_by = saved.pop("method")
+        saved.pop("commit")
+        args = Args(**saved | {"resume": str(folder)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse(f"{file} cannot be read: {one_line(error)}")
+    if made_by != method:
+        refuse(f"{folder} is a run of another method: resume it with the script that made it")
+    return args
+
+
+def reads_characters(name: str) -> bool:
+    """Is this "tiny", or a folder trained from it? Its small vocabulary tells, before anything is loaded."""
+    file = Path(name) / "config.json"
+    try:
+        return name == "tiny" or json.loads(file.read_text())["vocab_size"] < 100
+    except (OSError, ValueError, KeyError, TypeError):  # not such a folder: load_model says what is wrong
+        return False
+
+
+def check(args, method: str):
+    """Stop early on settings that cannot work; fill in the default --out. Returns args."""
+    if args.task not in tasks.TASKS:
+        refuse(f"unknown task {args.task!r}: choose from {', '.join(tasks.TASKS)}")
+    for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
+                 "save_every", "budget"):
+        if getattr(args, name) < 1:
+            refuse(f"--{name} must be at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            refuse(f"--{name} must be a finite number, at least 0")
+    if args.G < 2:
+        refuse("--G must be at least 2: an advantage compares the samples of one prompt")
+    if args.updates < 0 or args.temperature <= 0:
+        refuse("--updates must be at least 0 and --temperature above 0: rollouts have to explore")
+    if args.prompts % args.minibatches:
+        refuse(f"--minibatches {args.minibatches} must divide --prompts {args.prompts}: groups stay whole")
+    if args.L % args.block:
+        refuse(f"--L {args.L} is not a multiple of --block {args.block}")
+    if args.L % args.S or args.S % (args.L // args.block):
+        refuse(f"--S {args.S} does not fit: it must divide --L {args.L} and be a multiple of its "
+               f"{args.L // args.block} blocks")
+    default = f"runs/eval-{args.task}" if args.eval_only else f"runs/{method}-{args.task}-{args.seed}"
+    args.out = args.resume or args.out or default
+    out = Path(args.out)
+    if out.exists() and not (out.is_dir() and args.eval_only or args.resume):
+        refuse(f"{out} exists: go on with --resume {out}, or choose another --out")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        refuse(f"--out {out}: {there} is no folder that can be written to")
+    return args
+
+
+# ------------------------------------------------------------------- model and task of the command line
+
+
+def setup(args) -> tuple[Denoiser, Task]:
+    """The model and the task, after saying what they take. Refuses what cannot work before it is loaded."""
+    from models import load_model, plan  # here, because transformers takes seconds, and --help does without
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "fp32 (no CUDA GPU found)"
+    print(f"device {device}: {arithmetic}", flush=True)
+    name = args.model
+    if name == "tiny":
+        from pretrain import base_folder
+
+        name = str(base_folder())
+    plan(name, args, device)
+    model = load_model(name, device, args.revision, args.mask_id, args.gradient_checkpointing)
+    return model, load_task(args, model)
+
+
+def load_task(args, model: Denoiser) -> Task:
+    """The task of the command line. Refuses prompts that do not fit the model: nothing is ever cut."""
+    try:
+        task = tasks.load(args.task, chat=bool(model.tokenizer.chat_template), data=args.data,
+                          test_data=args.test_data, train=not args.eval_only)
+    except ValueError as error:
+        refuse(str(error))
+    task.test = task.test[: args.eval_rows]
+    longest = sorted((row["prompt"] for row in task.train + task.test), key=len)[-256:]
+    P = encode(model, longest)[0].shape[1]
+    room = model.network.config.max_position_embeddings
+    if P + args.L > room:
+        refuse(f"the longest prompt has {P} tokens, --L is {args.L}: {args.model} reads {room} at most")
+    if args.prompts > len(task.train) and not args.eval_only:
+        refuse(f"--prompts {args.prompts}: {args.task} has only {len(task.train)} training prompts")
+    return task
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(model: Denoiser, task: Task, args, threshold: float | None = None) -> tuple[dict, list[tuple]]:
+    """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics, and of each row
+    the text and whether it is correct.
+
+    Fixed S; or, as a second opinion, adaptive decoding with a `threshold` (see denoise)."""
+    prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test])
+    roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0,
+                   threshold=threshold, budget=args.budget)
+    reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
+    answers = list(zip(texts, parts["correct"].tolist(), strict=True))
+    means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
+    metrics = {name: values.double().mean().item() for name, values in means.items()}
+    return metrics | {"nfe_per_row": roll.nfe / len(task.test)}, answers
+
+
+def evaluation(model: Denoiser, task: Task, args) -> tuple[dict, list[tuple]]:
+    """An evaluation as it is logged: keys eval_*, and threshold_* for adaptive decoding."""
+    fixed, answers = evaluate(model, task, args)
+    metrics = {f"eval_{k}": v for k, v in fixed.items()}
+    if args.eval_threshold:
+        adaptive, _ = evaluate(model, task, args, args.eval_threshold)
+        metrics |= {f"threshold_{k}": v for k, v in adaptive.items()}
+    return metrics, answers
+
+
+def evaluate_only(args, model: Denoiser, task: Task) -> float:
+    """--eval_only: print the report of the model as it is, add it with every setting and answer to
+    evals.jsonl; returns the held-out accuracy."""
+    out, update = Path(args.out), 0
+    if (out / "state.pt").is_file():
+        update = load_state(out, model)["update"]
+    metrics, answers = evaluation(model, task, args)
+    print_report(task, args, {f"update {update}": metrics}, answers)
+    out.mkdir(parents=True, exist_ok=True)
+    on_gpu = model.device.type == "cuda"
+    line = metrics | {
+        "update": update, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
+        "torch": torch.__version__, "commit": git_commit(), "args": vars(args), "answers": answers}
+    with open(out / "evals.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"\n{out}/evals.jsonl has this evaluation with its settings and answers")
+    return metrics["eval_accuracy"]
+
+
+# -------------------------------------------------------------------------------------------------- a run
+
+
+def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Read the checkpoint of a run folder into the model and, if given, the optimizer; returns the rest."""
+    try:  # mmap: without an optimizer two thirds of the file are never read
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=optimizer is None)
+        model.network.load_state_dict(state.pop("network"))
+        if optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+        return {k: state[k] for k in ("update", "counters", "metrics_bytes")}
+    except Exception as error:  # of any kind: the file may be anything
+        refuse(f"{out / 'state.pt'} cannot be used: {one_line(error)}")
+
+
+class Run:
+    """One run: folder (args.json, metrics.jsonl, state.pt, curve.png, model/), clock, counters, ctrl-C."""
+
+    def __init__(self, args, method: str, model: Denoiser, task: Task, optimizer: torch.optim.Optimizer):
+        """Take hold of the folder. Weights of a checkpoint are read when the loop begins, so that whatever is
+        copied from the model before it is the model before training."""
+        self.args, self.method, self.model, self.task, self.optimizer = args, method, model, task, optimizer
+        self.out = Path(args.out)
+        self.update = 0  # updates done
+        self.saved = 0  # the update of the newest checkpoint; 0 is the model the run started from
+        self.counters = {"nfe_rollout": 0, "nfe_update": 0, "optimizer_steps": 0, "skipped": 0, "seconds": 0}
+        self.skipped_in_a_row = 0
+        self.laps = {}
+        self.bar = None
+        self.interrupted = False
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.out, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse(f"another process is at work in {self.out}")
+
+    def begin(self):
+        """Start the clock, in a new folder or where its checkpoint (none: the first update) left it."""
+        log, logged = self.out / "metrics.jsonl", 0
+        log.touch()
+        if (self.out / "state.pt").is_file():
+            state = load_state(self.out, self.model, self.optimizer)
+            self.update, self.counters, logged = state["update"], state["counters"], state["metrics_bytes"]
+        if log.stat().st_size < logged:
+            refuse(f"{log} is shorter than it was at the checkpoint: {log.stat().st_size} of {logged} bytes")
+        os.truncate(log, logged)  # what was logged after the checkpoint will be logged again
+        (self.out / "state.new").unlink(missing_ok=True)
+        settings = vars(self.args) | {"resume": "", "method": self.method, "commit": git_commit()}
+        (self.out / "args.tmp").write_text(json.dumps(settings, indent=1))
+        os.replace(self.out / "args.tmp", self.out / "args.json")
+        self.saved = self.update
+        self.lapped = time.perf_counter()
+        self.started = self.lapped - self.counters["seconds"]
+        signal.signal(signal.SIGINT, self.interrupt)
+        self.bar = tqdm(total=self.args.updates, initial=self.update, desc=self.method, unit="update",
+                        dynamic_ncols=True)
+
+    def interrupt(self, *_):
+        """First ctrl-C: finish this update and save. Second: stop at once, the last checkpoint stays."""
+        self.interrupted = True
+        tqdm.write("ctrl-C: finishing this update, then saving (once more: stop at once)")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def close(self):
+        """Give terminal, ctrl-C and folder back."""
+        self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.close(self.lock)
+
+    def boundary(self) -> bool:
+        """Between updates: save and evaluate where due. True when all are done; exit 130 after ctrl-C.
+
+        Saved first: a resumed run repeats the evaluation, so it inherits none that its own schedule lacks."""
+        if self.bar is None:
+            self.begin()
+        over = self.update >= self.args.updates
+        ending = over or self.interrupted
+        if self.skipped_in_a_row == 0:
+            self.keep()
+            if self.update > self.saved and (ending or self.update % self.args.save_every == 0):
+                self.save()
+        if ending:
+            self.keep()
+        if self.interrupted:
+            self.close()
+            print(f"stopped after {self.update} updates; go on: python {sys.argv[0]} --resume {self.out}")
+            raise SystemExit(130)
+        if over or self.update % self.args.eval_every == 0:
+            self.evaluate()
+        return over
+
+    def save(self):
+        """Write state.new, if the weights are finite: a checkpoint once it has led to a finite update."""
+        if not all(p.isfinite().all() for p in self.model.network.parameters()):
+            return tqdm.write(f"update {self.update}: weights are not finite, not saved")
+        with open(self.out / "metrics.jsonl", "a") as file:
+            os.fsync(file.fileno())  # before the checkpoint that counts its bytes
+        state = {
+            "network": self.model.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "update": self.update,
+            "counters": self.counters,
+            "metrics_bytes": (self.out / "metrics.jsonl").stat().st_size,
+        }
+        try:
+            with open(self.out / "state.new", "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # a full disk
+            (self.out / "state.new").unlink(missing_ok=True)
+            self.fail(f"the checkpoint of update {self.update} cannot be written: {error}")
+        self.saved = self.update
+
+    def keep(self):
+        """Make state.new the checkpoint: on disk is either the old one or the new one, never half of one."""
+        if (self.out / "state.new").exists():
+            os.replace(self.out / "state.new", self.out / "state.pt")
+
+    def fail(self, why: str):
+        """Stop with exit status 1 and say what is left."""
+        self.close()
+        kept = "keeps the last good checkpoint" if (self.out / "state.pt").exists() else "has no checkpoint"
+        sys.exit(f"error: {why}; {self.out} {kept}")
+
+    def evaluate(self):
+        """Evaluate and log; the run's clock stands still meanwhile."""
+        begin = time.perf_counter()
+        metrics, self.answers = evaluation(self.model, self.task, self.args)
+        self.log(metrics)
+        tqdm.write(f"update {self.update}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
+        self.started += time.perf_counter() - begin
+        self.lapped = time.perf_counter()
+
+    def lap(self, phase: str):
+        """Note the seconds since the last lap as those of `phase`."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        before, self.lapped = self.lapped, time.perf_counter()
+        self.laps[f"seconds_{phase}"] = self.lapped - before
+
+    def optimizer_step(self, loss: float, max_grad_norm: float) -> float:
+        """Clip the gradient and step; returns its norm before. Not finite: skip the step and count it; exit 1
+        after three in a row."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.network.parameters(), max_grad_norm).item()
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.optimizer.step()
+            self.counters["optimizer_steps"] += 1
+            self.skipped_in_a_row = 0
+        else:
+            self.counters["skipped"] += 1
+            self.skipped_in_a_row += 1
+            tqdm.write(f"update {self.update + 1}: loss {loss}, gradient norm {norm}: optimizer step skipped")
+        self.optimizer.zero_grad()
+        if self.skipped_in_a_row == 3:
+            self.fail("three optimizer steps in a row not finite")
+        return norm
+
+    def log_update(self, metrics: dict, infos: list[dict]):
+        """Count an update; log it with the means of `infos`, a dict of each optimizer step, the counters, the
+        clock and the memory."""
+        from models import release_memory
+
+        self.lap("update")
+        self.update += 1
+        self.counters["seconds"] = time.perf_counter() - self.started
+        means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
+        tokens = metrics["length"] * self.args.prompts * self.args.G
+        speed = {"tokens_per_second": tokens / self.laps["seconds_rollout"]}
+        peak = torch.cuda.max_memory_allocated() if self.model.device.type == "cuda" else 0
+        memory = {"peak_memory_gib": peak / 2**30}
+        self.log(metrics | means | self.counters | self.laps | speed | memory)
+        release_memory()
+        self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {self.counters['skipped']} skipped")
+        self.bar.update()
+
+    def log(self, metrics: dict):
+        """Append one line to metrics.jsonl; a number that is not finite becomes null."""
+        row = {k: v if math.isfinite(v) else None for k, v in ({"update": self.update} | metrics).items()}
+        try:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.fail(f"metrics.jsonl cannot be written: {error}")
+
+    def finish(self) -> float:
+        """Write model/ and curve.png, print the report; returns the final held-out accuracy."""
+        from models import save_model
+
+        if self.counters["skipped"] and not self.counters["optimizer_steps"]:
+            self.fail("no optimizer step was finite")
+        self.close()
+        save_model(self.model, self.out / "model")
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        evals = [line for line in lines if "eval_accuracy" in line]
+        plot(lines, self.out / "curve.png", f"{self.method} on {self.args.task}")
+        print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.answers)
+        nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
+        print(f"\n{seconds / 60:.1f} minutes of RL; NFE (forward evaluations x rows): "
+              f"{nfe:,} in rollouts, {updates:,} in updates")
+        print(f"{self.out}/ has metrics.jsonl, curve.png, model/ (a transformers folder) and state.pt")
+        print(f"next: --resume {self.out} --updates {2 * self.args.updates} goes on, "
+              f"--seed {self.args.seed + 1} repeats, --help lists every setting")
+        return evals[-1]["eval_accuracy"]
+
+
+def git_commit() -> str:
+    """The commit these files are at, or "" outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+# ------------------------------------------------------------------------------------- report and plot
+
+
+def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers: list[tuple]):
+    """The table of held-out results, then three solved and three failed rows, drawn."""
+    n, also = len(answers), f"; adaptive: threshold {args.eval_threshold}" if args.eval_threshold else ""
+    print(f"\n{n} held-out rows, greedy: L {args.L}, S {args.S}, block {args.block}, order top_prob{also}")
+    print(" " * 26 + "".join(f"{name:>10}" for name in columns))
+    labels = {"accuracy": "solved, %", "reward": "mean reward, %", "parse_fail": "unreadable, %"}
+    for kind, decoding in (("eval", ""), ("threshold", ", adaptive")):
+        if all(f"{kind}_accuracy" in column for column in columns.values()):
+            for key, label in labels.items():
+                row = "".join(f"{100 * column[f'{kind}_{key}']:10.1f}" for column in columns.values())
+                print(f"{label + decoding:<26}{row}")
+            row = "".join(f"{column[f'{kind}_nfe_per_row']:10.2f}" for column in columns.values())
+            print(f"{'forwards per row' + decoding:<26}{row}")
+    error = max((c["eval_accuracy"] * (1 - c["eval_accuracy"]) / n) ** 0.5 for c in columns.values())
+    print(f"(standard error of a solved share: {100 * error:.1f} points)")
+    for label, correct in (("solved", 1.0), ("failed", 0.0)):
+        found = [(text, row) for (text, c), row in zip(answers, task.test, strict=True) if c == correct]
+        blocks = [task.draw(text, row) for text, row in found[:3]]
+        print(f"\n{label}:" + ("" if blocks else " none"))
+        if all(len(line) < 30 for block in blocks for line in block):  # boards: side by side
+            blocks = [["      ".join(cells) for cells in itertools.zip_longest(*blocks, fillvalue="")]]
+        print("\n\n".join("\n".join(f"   {line}" for line in block) for block in blocks))
+
+
+def plot(lines: list[dict], file: Path, title: str):
+    """curve.png: held-out accuracy and the rollouts' reward over the updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    curves = {"reward": ("reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
+              "threshold_accuracy": ("held-out solved, adaptive", dict(color="tab:green", lw=1, ls="--")),
+              "eval_accuracy": ("held-out solved", dict(color="tab:orange", lw=2, marker="o", ms=4))}
+    for key, (label, look) in curves.items():
+        points = [(line["update"], 100 * line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **look)
+    (_, first), (end, last) = points[0], points[-1]
+    axes.axhline(first, color="0.6", lw=1, ls=":")
+    axes.annotate(f"{first:.1f} % before", (end, first), (0, -12), textcoords="offset points", ha="right")
+    axes.annotate(f"{last:.1f} %", (end, last), (0, 7), textcoords="offset points", ha="right")
+    axes.set(xlabel="update", ylabel="%", title=title, ylim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,47 @@
+"""The house: which file may import which, and what importing one costs."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+ABOVE = [["common", "sandbox"], ["tasks", "models"], ["pretrain"], ["run"], ["egspo", "rldf", "wd1", "gdsd"]]
+FLOOR = {name: floor for floor, names in enumerate(ABOVE) for name in names}
+
+
+def arrows(source: str) -> set[str]:
+    """The modules of ours that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & FLOOR.keys()
+
+
+def points_up(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Arrows that do not lead to a lower floor: without one there is no circle either."""
+    return [(a, b) for a, found in graph.items() for b in found if FLOOR[b] >= FLOOR[a]]
+
+
+def test_arrows_point_down():
+    graph = {name: arrows((ROOT / f"{name}.py").read_text()) for name in FLOOR}
+    assert set(FLOOR) == {file.stem for file in ROOT.glob("*.py")}
+    assert points_up(graph) == []
+    assert all(graph[method] == {"common", "run"} for method in ABOVE[-1])
+    bad = graph | {"common": arrows("def f():\n    from run import Run")}
+    assert points_up(bad) == [("common", "run")]
+    assert points_up(graph | {"models": arrows("import tasks")}) == [("models", "tasks")]  # no side doors
+
+
+@pytest.mark.parametrize("code, without", [
+    ("from common import denoise", "tyro datasets matplotlib transformers"),
+    ("import egspo", "datasets matplotlib transformers math_verify"),
+])
+def test_what_an_import_brings(code, without):
+    check = f"import sys; {code}; print(*[name for name in {without.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
