@@ -23,12 +23,14 @@ THE ONE PICTURE. A rollout keeps, for every completion position, the denoising s
 So any intermediate state can be rebuilt from the finished row, and no trajectory is ever stored.
 """
 
+import copy
 import dataclasses
 import hashlib
 import itertools
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +75,11 @@ class Denoiser:
     pad_id: int
     end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
     shift: bool  # True (Dream): the prediction for position i sits at position i - 1
+    forwards: Counter = dataclasses.field(default_factory=Counter)  # "rows" so far, of frozen copies too
+
+    def frozen(self) -> "Denoiser":
+        """A copy of the network as it is now, to compare with."""
+        return dataclasses.replace(self, network=copy.deepcopy(self.network))
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +98,7 @@ class Denoiser:
 
     def body(self, x: Tensor, attn: Tensor | None) -> Tensor:
         """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""
+        self.forwards["rows"] += len(x)
         positions = None
         if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
             positions = (attn.cumsum(1) - 1).clamp(min=0)
@@ -126,7 +134,8 @@ class Rollout:
     guess: Tensor | None  # (B, S, L) greedy one-step completion of the state before each step
     mask_id: int
     S: int
-    nfe: int  # rows evaluated
+    nfe: int  # canvases evaluated
+    nfe_full: int  # the same, had every row been evaluated: the papers' count
 
     def __getitem__(self, rows) -> "Rollout":
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -139,7 +148,8 @@ class Rollout:
         for f in dataclasses.fields(Rollout):
             values = [getattr(part, f.name) for part in parts]
             fields[f.name] = torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-        return Rollout(**fields | {"nfe": sum(part.nfe for part in parts)})
+        counts = {name: sum(getattr(part, name) for part in parts) for name in ("nfe", "nfe_full")}
+        return Rollout(**fields | counts)
 
 
 def trim(x: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,6 +177,15 @@ def group_noise(gens: list[torch.Generator], B: int, shape: tuple[int, ...]) -> 
     return torch.cat([torch.rand(draw, generator=g, dtype=torch.float64, device=g.device) for g in gens])
 
 
+def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows of (R, ...) integers: where each of N stands first (N,), in order; which each row is
+    (R,)."""
+    found, which = rows.flatten(1).unique(dim=0, return_inverse=True)
+    here = torch.arange(len(rows), device=rows.device)
+    first, order = here.new_full((len(found),), len(rows)).scatter_reduce(0, which, here, "amin").sort()
+    return first, order.argsort()[which]
+
+
 @torch.no_grad()
 def denoise(
     model: Denoiser,
@@ -187,7 +206,8 @@ def denoise(
 
     Each step evaluates the network once, samples a token for every hidden position of a row's current block
     and reveals the n = L/S most confident. Nothing is masked again. A row is done when a finished block holds
-    an EOS: what follows becomes EOS with step = S and costs no forward.
+    an EOS: what follows becomes EOS with step = S and costs no forward. A group is a tree: its rows start
+    from one canvas and part where a sample differs, and each distinct canvas is evaluated once.
 
     prompt, prompt_mask: (B, P), left-padded. gens: one per group of adjacent rows; may be empty when nothing
     is drawn (temperature 0, order not random). block must divide L, L / block must divide S, S must divide L.
@@ -225,28 +245,32 @@ def denoise(
     guesses = torch.full((B, S, L), -1, device=x.device) if guess else None
     first = torch.zeros(B, dtype=torch.long, device=x.device)  # first column of each row's current block
     rows = torch.arange(B, device=x.device)  # rows still at work
-    nfe = 0
+    nfe = nfe_full = 0
     for s in range(S):
         if len(rows) == 0:
             break
-        nfe += len(rows)
-        canvas_rows = torch.cat([shown[rows], x[rows]], 1)
-        h = model.body(canvas_rows, None if attn is None else attn[rows])[:, P:]  # (R, L, d)
+        which, node = distinct(torch.cat([rows[:, None] // G, x[rows]], 1))  # N canvases; (R,)
+        nodes = rows[which]  # (N,) a row at each
+        nfe, nfe_full = nfe + len(nodes), nfe_full + len(rows)
+        h = model.body(torch.cat([shown[nodes], x[nodes]], 1), None if attn is None else attn[nodes])
+        h = h[:, P:]  # (N, L, d)
         if guess:
-            guesses[rows, s] = greedy_fill(model, x[rows], h)
-        cols = first[rows, None] + torch.arange(block, device=x.device)  # (R, block)
-        logits = model.head(h.gather(1, cols[..., None].expand(-1, -1, h.shape[-1])))  # (R, block, V)
+            guesses[rows, s] = greedy_fill(model, x[nodes], h)[node]
+        cols = first[nodes, None] + torch.arange(block, device=x.device)  # (N, block)
+        logits = model.head(h.gather(1, cols[..., None].expand(-1, -1, h.shape[-1])))  # (N, block, V)
         logprobs = logits.double().div_(T).log_softmax(-1)
-        scores = logprobs
+        at_node = torch.broadcast_tensors(node[:, None], torch.arange(block, device=x.device))  # (R, block)
         if temperature:  # Gumbel-max: the argmax of log p + Gumbel noise is a sample from p
             noise = group_noise(gens, B, logits.shape[1:])[rows].log_().neg_().log_()  # minus Gumbel
-            scores = noise.neg_().add_(logprobs)
-        token = scores.argmax(-1)  # (R, block)
-        token_logp = logprobs.gather(-1, token[..., None])[..., 0]
+            token = noise.neg_().add_(logprobs[node]).argmax(-1)  # (R, block)
+        else:
+            token = logprobs.argmax(-1)[node]
+        token_logp = logprobs[*at_node, token]
         if order == "random":
             confidence = group_noise(gens, B, (block,))[rows]
         else:
-            confidence = token_logp if order == "confidence" else logprobs.amax(-1)
+            confidence = token_logp if order == "confidence" else logprobs.amax(-1)[node]
+        cols = cols[node]  # (R, block)
         hidden = x[rows].gather(1, cols) == model.mask_id  # (R, block)
         confidence = confidence.masked_fill(~hidden, -math.inf)
         rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most confident
@@ -255,7 +279,8 @@ def denoise(
             reveal = hidden & ((confidence >= math.log(threshold)) | (rank == 0))
         at = rows[:, None].expand_as(cols)[reveal], cols[reveal]
         x[at], step[at], logp[at] = token[reveal], s, token_logp[reveal]
-        entropy[at] = torch.special.entr(logprobs[reveal].exp()).sum(-1)  # entr(0) = 0
+        revealed = logprobs[at_node[0][reveal], at_node[1][reveal]]  # (R * n, V)
+        entropy[at] = torch.special.entr(revealed.exp()).sum(-1)  # entr(0) = 0
         block_done = ~(hidden & ~reveal).any(1)
         first[rows] += block * block_done
         done = block_done & ((first[rows] == L) | torch.isin(x[rows], ends).any(1))
@@ -265,7 +290,7 @@ def denoise(
         guesses = torch.where(guesses < 0, x[:, None], guesses)
     recorded = logits.dtype
     return Rollout(prompt, prompt_mask, x, step, logp.to(recorded), entropy.to(recorded),
-                   until_eos(x, model.end_ids), guesses, model.mask_id, S, nfe)
+                   until_eos(x, model.end_ids), guesses, model.mask_id, S, nfe, nfe_full)
 
 
 def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
@@ -283,52 +308,70 @@ def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
 
 
 def canvas(rollout: Rollout, hidden: Tensor) -> Tensor:
-    """The rows of a rollout with the completion positions `hidden` (B, L) masked again: (B, P+L).
+    """The rows of a rollout with the completion positions `hidden` (B, L) masked again: (B, P+L). Or, for K
+    canvases of each row, (B, K, L): (B, K, P+L).
 
     hidden = rollout.step >= s[:, None] is exactly what the sampler saw before step s."""
-    return torch.cat([rollout.prompt, rollout.completion.masked_fill(hidden, rollout.mask_id)], 1)
+    prompt, completion = rollout.prompt, rollout.completion
+    if hidden.dim() == 3:
+        prompt = prompt[:, None].expand(-1, hidden.shape[1], -1)
+        completion = completion[:, None]
+    return torch.cat([prompt, torch.where(hidden, rollout.mask_id, completion)], -1)
 
 
-def log_prob(logits: Tensor, token: Tensor) -> Tensor:
-    """(M, V) logits and (M, G) tokens to log-probabilities (M, G), without ever holding (M, V) of them."""
-    return logits.gather(1, token) - logits.logsumexp(1, keepdim=True)
+def log_prob(logits: Tensor, at: Tensor, token: Tensor) -> Tensor:
+    """log p (m,) of `token` (m,) at row `at` (m,) of logits (D, V), without ever holding (D, V) of them."""
+    return logits[at, token] - logits.logsumexp(1)[at]
 
 
 def score(
     model: Denoiser, x: Tensor, prompt_mask: Tensor, target: Tensor, where: Tensor, temperature: float,
-    read: Callable[[Tensor, Tensor], Tensor] = log_prob,
+    read: Callable[[Tensor, Tensor, Tensor], Tensor] = log_prob,
 ) -> Tensor:
-    """log p(target | canvas) at the positions `where` (B, L), 0 elsewhere; one forward of B rows.
+    """log p(target | canvas) at the positions `where`, 0 elsewhere: (M, L). One forward.
 
-    x: (B, P+L) canvas. target: (B, L), or (B, G, L) if one canvas serves a whole group; the result alike.
-    The distribution is the sampler's: same temperature, no mask token. The head runs at `where` alone, and in
-    parts whose logits backward computes again, so that (M, V) of a real vocabulary never live at once.
-    read: a function of (logits, token) like log_prob, in its place."""
-    L = target.shape[-1]
-    x, prompt_mask = trim(x, prompt_mask)
-    h = model.body(x, attention(prompt_mask, L))[:, -L:][where]  # (M, d), M = where.sum()
-    token = target.movedim(-1, 1)[where]  # (M,) or (M, G)
+    x: (M, P+L) canvases, of which each distinct one is evaluated once. target, where: (M, L).
+    The distribution is the sampler's: same temperature, no mask token. The head runs once at each scored
+    position of a canvas, in parts whose logits backward computes again, so that (M, V) of a real vocabulary
+    never live at once. read: a function like log_prob, in its place."""
+    L = target.shape[1]
+    first, node = distinct(torch.cat([x, prompt_mask], 1))  # N canvases; (M,)
+    shown, shown_mask = trim(x[first], prompt_mask[first])
+    h = model.body(shown, attention(shown_mask, L))[:, -L:]  # (N, L, d)
+    row, col = where.nonzero().T  # (m,)
+    place, at = (node[row] * L + col).unique(return_inverse=True)  # D places for the head; (m,) which
+    h, token = h.flatten(0, 1)[place], target[where]
 
-    def found_part(h: Tensor, token: Tensor) -> Tensor:
-        return read(model.head(h).div_(temperature or 1.0), token[:, None].flatten(1)).view(token.shape)
+    def found_part(h: Tensor, at: Tensor, token: Tensor) -> Tensor:
+        return read(model.head(h).div_(temperature or 1.0), at, token)
 
     size = max(1, LOGITS // model.V)
-    again = dict(use_reentrant=False, preserve_rng_state=False)
-    found = torch.cat([
-        checkpoint(found_part, *part, **again) if len(h) > size else found_part(*part)
-        for part in zip(h.split(size), token.split(size), strict=True)])
-    out = found.new_zeros(where.shape + token.shape[1:])  # (B, L) or (B, L, G)
+    if len(h) <= size:
+        found = found_part(h, at, token)
+    else:
+        order = at.argsort()  # tokens in the order of their places, to be split alike
+        counts = torch.bincount(at // size).tolist()
+        parts = zip(h.split(size), (at[order] % size).split(counts), token[order].split(counts), strict=True)
+        again = dict(use_reentrant=False, preserve_rng_state=False)
+        found = torch.cat([checkpoint(found_part, *part, **again) for part in parts])[order.argsort()]
+    out = found.new_zeros(where.shape)
     out[where] = found
-    return out.movedim(1, -1)
+    return out
 
 
-def micro_batches(items: Tensor, tokens_each: int, budget: int) -> Iterator[Tensor]:
-    """Split `items` (ids of canvases) so that one forward holds at most `budget` tokens, and at least one
-    canvas.
+def micro_batches(pairs: Tensor, x: Tensor, budget: int) -> Iterator[Tensor]:
+    """Split `pairs` (M, 2), a row and one of its canvases x (B, K, ...), so that one forward holds at most
+    `budget` tokens, and at least one canvas. Equal canvases stay together, and count once.
 
     The method calls backward on each part's share of a loss whose normaliser was counted over the whole
     batch, so the gradient does not depend on the budget."""
-    yield from items.split(max(1, budget // tokens_each))
+    if len(pairs) == 0:
+        return
+    canvases = x[pairs[:, 0], pairs[:, 1]].flatten(1)  # (M, tokens)
+    first, node = distinct(canvases)
+    size = max(1, budget // canvases.shape[1])
+    for start in range(0, len(first), size):
+        yield pairs[(start <= node) & (node < start + size)]
 
 
 def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
@@ -359,11 +402,14 @@ def draw_prompts(args, count: int, update: int) -> list[int]:
 
 def minibatches(args, pairs: Tensor, update: int, epoch: int) -> Iterator[Tensor]:
     """Split `pairs` (M, 2), a row and one more index, into the minibatches of a pass over a rollout: each
-    holds all pairs of its groups, and the groups are shuffled anew in every pass."""
+    holds all pairs of its groups, and the groups are shuffled anew in every pass. Groups without any pair
+    make none: an optimizer step there would be momentum and weight decay alone."""
     gen = generator("cpu", args.seed, "pass", update, epoch)
     shuffle = torch.randperm(args.prompts, generator=gen)
     for groups in shuffle.to(pairs.device).chunk(args.minibatches):
-        yield pairs[torch.isin(pairs[:, 0] // args.G, groups)]
+        batch = pairs[torch.isin(pairs[:, 0] // args.G, groups)]
+        if len(batch):
+            yield batch
 
 
 def chat_prompt(model: Denoiser, message: str) -> str:

@@ -30,7 +30,6 @@ python egspo.py --select uniform       the ablation: K random steps
 python egspo.py --model dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1 --task gsm8k     a real one, on a 24 GB GPU
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +53,7 @@ class Args(Flags):
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)
+    baseline: Literal["rank", "step"] = "rank"  # of the stepwise part: mean at the same rank (paper), or step
     lam: float = 0.5  # lambda, weight of the stepwise advantage (paper: 0.5); 0 is EGSPO
     eps_lo: float = 0.2  # lower clip (paper: 0.2)
     eps_hi: float = 0.5  # upper clip (paper: 0.5)
@@ -101,6 +101,14 @@ def advantage(ret: Tensor, taken: Tensor, G: int) -> Tensor:
     return ((ret - mean) * (taken & (highest > lowest))).flatten(0, 1)
 
 
+def same_step_advantage(guess_reward: Tensor, steps: Tensor, taken: Tensor, G: int, S: int) -> Tensor:
+    """Rewards of the guesses (B, K) minus the mean of the group's rows that kept the same denoising step."""
+    at_steps, is_kept = torch.zeros(2, len(steps), S, dtype=guess_reward.dtype, device=steps.device)
+    at_steps.scatter_(1, steps, guess_reward * taken)
+    is_kept.scatter_(1, steps, taken.to(is_kept))
+    return advantage(at_steps, is_kept > 0, G).gather(1, steps)
+
+
 def step_logp(model: Denoiser, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
     """l(b, s) (B,): log p of what step s (B,) revealed, on the canvas the sampler saw. One forward."""
     hidden, revealed = roll.step >= s[:, None], roll.step == s[:, None]
@@ -133,7 +141,7 @@ def train(args: Args) -> float:
     if args.eval_only:
         return evaluate_only(args, model, task)
     # </frozen>
-    reference = copy.deepcopy(model) if args.beta else None  # as it is before training, also when resumed
+    reference = model.frozen() if args.beta else None  # as before training, also when resumed
     optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
     run = Run(args, METHOD, model, task, optimizer)
@@ -147,33 +155,40 @@ def train(args: Args) -> float:
         gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                        temperature=args.temperature, order=args.order, guess=args.lam > 0, budget=args.budget)
-        run.counters["nfe_rollout"] += roll.nfe
+        run.rolled_out(roll)
         noise = None
         if args.select == "uniform":
             gens = [generator(model.device, args.seed, "select", run.update, i) for i in ids]
             noise = group_noise(gens, len(rows), (args.S,))
         steps, taken = select_steps(roll, K, noise)  # (B, K)
-        run.lap("rollout")
 
         # 3 reward: of the completions, and of the one-step guesses at the kept steps
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        ret = reward[:, None].expand(-1, K)
+        guess_reward = torch.zeros_like(reward)[:, None].expand(-1, K)
         if args.lam > 0:
             guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, args.L)).flatten(0, 1)  # (B * K, L)
-            guess_reward, _, _ = reward_rows(model, task, guess, [row for row in rows for _ in range(K)])
-            ret = stepwise_return(reward, guess_reward.view(-1, K), args.lam)
+            guess_rows = [row for row in rows for _ in range(K)]
+            guess_reward = reward_rows(model, task, guess, guess_rows)[0].view(-1, K)
         run.lap("reward")
 
         # 4 advantage
-        adv = advantage(ret, taken, args.G)  # (B, K)
+        if args.baseline == "rank":
+            adv = advantage(stepwise_return(reward, guess_reward, args.lam), taken, args.G)  # (B, K)
+        else:
+            guess_adv = same_step_advantage(guess_reward, steps, taken, args.G, args.S)
+            adv = advantage(reward[:, None], taken[:, :1], args.G) * taken
+            adv = adv - args.lam / (1 + args.lam) * guess_adv
         logp_old = per_step(roll.logp, roll.step, args.S).gather(1, steps)  # (B, K), as sampled
 
-        # 5 update
+        # 5 update: without a KL, a pair whose advantage is 0 cannot move a weight
+        x = canvas(roll, roll.step[:, None] >= steps[..., None])  # (B, K, P+L)
+        pairs = (taken if reference else taken & (adv != 0)).nonzero()  # (M, 2): a row and one of its K steps
         infos = []
         for epoch in range(args.passes):
-            for batch in minibatches(args, taken.nonzero(), run.update, epoch):
+            run.counters["nfe_update_full"] += taken.sum().item() * (2 if reference else 1)
+            for batch in minibatches(args, pairs, run.update, epoch):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
-                for part in micro_batches(batch, prompt.shape[1] + args.L, args.budget):
+                for part in micro_batches(batch, x, args.budget):
                     r, k = part.unbind(1)
                     s = steps[r, k]
                     logp = step_logp(model, roll[r], s, args.temperature)  # (M,)
@@ -188,7 +203,6 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.float().sum().item() / len(batch)
-                    run.counters["nfe_update"] += len(part) * (2 if reference else 1)
                 info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
                 infos.append(info)
 

@@ -23,7 +23,6 @@ python gdsd.py                         4x4 Sudoku, 28 to 45 % solved in 4.4 minu
 python gdsd.py --match tlc             centred raw logits: 28 to 44 %
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -83,11 +82,11 @@ def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
     return torch.stack([chosen, valid[:, None] & ~chosen], 2) | ~valid[:, None, None]
 
 
-def centred_logit(logits: Tensor, token: Tensor) -> Tensor:
-    """(M, V) logits, (M, g) tokens to logit[token] - the position's mean logit, without the mask token."""
+def centred_logit(logits: Tensor, at: Tensor, token: Tensor) -> Tensor:
+    """Logit of `token` (m,) at row `at` (m,) of logits (D, V) minus the row's mean (no mask token in it)."""
     possible = logits > -torch.inf
-    mean = logits.masked_fill(~possible, 0.0).sum(1, keepdim=True) / possible.sum(1, keepdim=True)
-    return logits.gather(1, token) - mean
+    mean = logits.masked_fill(~possible, 0.0).sum(1) / possible.sum(1)
+    return logits[at, token] - mean[at]
 
 
 DRIFT = 20.0  # a mean score this far from where it began (in nats or logits) is worth a warning
@@ -120,7 +119,7 @@ def train(args: Args) -> float:
     if args.eval_only:
         return evaluate_only(args, model, task)
     # </frozen>
-    reference = copy.deepcopy(model) if args.beta else None  # as it is before training, also when resumed
+    reference = model.frozen() if args.beta else None  # as before training, also when resumed
     optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
     run = Run(args, METHOD, model, task, optimizer)
@@ -133,8 +132,7 @@ def train(args: Args) -> float:
         gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                        temperature=args.temperature, budget=args.budget)
-        run.counters["nfe_rollout"] += roll.nfe
-        run.lap("rollout")
+        run.rolled_out(roll)
 
         # 3 reward
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
@@ -145,23 +143,23 @@ def train(args: Args) -> float:
         gens = [generator(model.device, args.seed, "masks", run.update, i) for i in ids]
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
         pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2)
-        tokens_each = 2 * (prompt.shape[1] + args.L)  # a pair is never split
+        x = torch.stack([canvas(roll, half) for half in hidden.unbind(2)], 2)  # (B, num_mc, 2, P+L)
         c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
         c_ref = torch.zeros_like(c_old)
         with torch.no_grad():
-            for part in micro_batches(pairs, tokens_each, args.budget):
+            for part in micro_batches(pairs, x, args.budget):
                 r, j = part.unbind(1)
                 c_old[r, j] = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
                 if reference:
                     c_ref[r, j] = pair_score(reference, roll[r], hidden[r, j], args.match, args.temperature)
-        run.counters["nfe_update"] += 2 * len(pairs) * (2 if reference else 1)
+        run.counters["nfe_update_full"] += 2 * len(pairs) * ((2 if reference else 1) + args.passes)
 
         # 5 update
         infos, c_new = [], torch.zeros_like(c_old)
         for epoch in range(args.passes):
             for batch in minibatches(args, pairs, run.update, epoch):
                 total = 0.0
-                for part in micro_batches(batch, tokens_each, args.budget):
+                for part in micro_batches(batch, x, args.budget):
                     r, j = part.unbind(1)
                     c = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
                     c_new[r, j] = c.detach()
@@ -169,7 +167,6 @@ def train(args: Args) -> float:
                     loss = loss.sum() / len(batch)  # mean over rows and mask pairs
                     loss.backward()
                     total += loss.item()
-                    run.counters["nfe_update"] += 2 * len(part)
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
         # 6 log: how far c is from c_old, as the last pass found it before its own steps, against its target

@@ -25,7 +25,6 @@ python rldf.py --select uniform        the ablations: uniform steps; --p_min 0: 
                                        state; --masks random: random masks in place of the sampler's own
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,7 +134,7 @@ def train(args: Args) -> float:
     if args.eval_only:
         return evaluate_only(args, model, task)
     # </frozen>
-    reference = copy.deepcopy(model) if args.beta else None  # as it is before training, also when resumed
+    reference = model.frozen() if args.beta else None  # as before training, also when resumed
     optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.999),
                                   weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
     run = Run(args, METHOD, model, task, optimizer)
@@ -149,8 +148,7 @@ def train(args: Args) -> float:
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                        temperature=args.temperature, order=args.order, threshold=args.threshold or None,
                        budget=args.budget)
-        run.counters["nfe_rollout"] += roll.nfe
-        run.lap("rollout")
+        run.rolled_out(roll)
 
         # 3 reward
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
@@ -171,21 +169,32 @@ def train(args: Args) -> float:
             revealed = hidden
 
         # 5 update
+        x = canvas(roll, hidden)  # (B, K, P+L)
         pairs = torch.ones_like(steps).nonzero()  # (B * K, 2): a row and one of its canvases
-        tokens_each = prompt.shape[1] + args.L
         logp_old = None
         if args.passes > 1:
             logp_old = torch.zeros(hidden.shape, device=model.device, dtype=roll.logp.dtype)
             with torch.no_grad():
-                for part in micro_batches(pairs, tokens_each, args.budget):
+                for part in micro_batches(pairs, x, args.budget):
                     r, k = part.unbind(1)
                     logp_old[r, k] = canvas_logp(model, roll[r], hidden[r, k], args.temperature)
-            run.counters["nfe_update"] += len(pairs)
+            run.counters["nfe_update_full"] += len(pairs)
         infos = []
         for epoch in range(args.passes):
+            run.counters["nfe_update_full"] += len(pairs) * (2 if reference else 1)
             for batch in minibatches(args, pairs, run.update, epoch):
+                moves = adv[batch[:, 0]] != 0 if reference is None else batch[:, 0] >= 0  # a weight, that is
+                if not moves.any():
+                    continue
                 info = dict.fromkeys(("loss", "kl", "scored_tokens"), 0.0)
-                for part in micro_batches(batch, tokens_each, args.budget):
+                with torch.no_grad():  # what moves no weight counts in the normaliser all the same
+                    for part in micro_batches(batch[~moves], x, args.budget):
+                        r, k = part.unbind(1)
+                        logp = canvas_logp(model, roll[r], hidden[r, k], args.temperature)
+                        p = (logp if logp_old is None else logp_old[r, k]).exp()
+                        m = clean_state_mask(p, hidden[r, k], roll.valid[r], revealed[r, k], args.p_min)
+                        info["scored_tokens"] += m.sum().item()
+                for part in micro_batches(batch[moves], x, args.budget):
                     r, k = part.unbind(1)
                     logp = canvas_logp(model, roll[r], hidden[r, k], args.temperature)  # (M, L)
                     old = None if logp_old is None else logp_old[r, k]
@@ -202,7 +211,6 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["scored_tokens"] += m.sum().item()
-                    run.counters["nfe_update"] += len(part) * (2 if reference else 1)
                 scored = max(info["scored_tokens"], 1)
                 for parameter in model.network.parameters():
                     if parameter.grad is not None:

@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 import tasks
-from common import Denoiser, Task, denoise, encode, one_line, refuse, reward_rows
+from common import Denoiser, Rollout, Task, denoise, encode, one_line, refuse, reward_rows
 
 
 @dataclass
@@ -236,7 +236,8 @@ class Run:
         self.out = Path(args.out)
         self.update = 0  # updates done
         self.saved = 0  # the update of the newest checkpoint; 0 is the model the run started from
-        self.counters = {"nfe_rollout": 0, "nfe_update": 0, "optimizer_steps": 0, "skipped": 0, "seconds": 0}
+        nfe = {"nfe_rollout": 0, "nfe_rollout_full": 0, "nfe_update": 0, "nfe_update_full": 0}
+        self.counters = {**nfe, "optimizer_steps": 0, "skipped": 0, "seconds": 0}
         self.skipped_in_a_row = 0
         self.laps = {}
         self.bar = None
@@ -353,6 +354,13 @@ class Run:
         before, self.lapped = self.lapped, time.perf_counter()
         self.laps[f"seconds_{phase}"] = self.lapped - before
 
+    def rolled_out(self, roll: Rollout):
+        """Count the forwards of a rollout and note its seconds."""
+        self.counters["nfe_rollout"] += roll.nfe
+        self.counters["nfe_rollout_full"] += roll.nfe_full
+        self.before_update = self.model.forwards["rows"]
+        self.lap("rollout")
+
     def optimizer_step(self, loss: float, max_grad_norm: float) -> float:
         """Clip the gradient and step; returns its norm before. Not finite: skip the step and count it; exit 1
         after three in a row."""
@@ -377,7 +385,9 @@ class Run:
 
         self.lap("update")
         self.update += 1
+        self.counters["nfe_update"] += self.model.forwards["rows"] - self.before_update
         self.counters["seconds"] = time.perf_counter() - self.started
+        infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]  # nothing could move a weight
         means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
         tokens = metrics["length"] * self.args.prompts * self.args.G
         speed = {"tokens_per_second": tokens / self.laps["seconds_rollout"]}

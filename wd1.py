@@ -29,7 +29,7 @@ python wd1.py --plusplus --K 4 --passes 1 --minibatches 2 --lr 1e-4        28 to
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,19 +98,11 @@ def hide_tokens(prompt: Tensor, prompt_mask: Tensor, share: float, mask_id: int,
     return prompt.masked_fill((torch.stack(draw) < share) & prompt_mask, mask_id)
 
 
-def one_step_logp(model: Denoiser, prompt: Tensor, prompt_mask: Tensor, completion: Tensor, valid: Tensor,
-                  temperature: float) -> Tensor:
-    """log pi(o_i | q) of all completions (prompts, G, L) in one forward per prompt: (prompts, G).
+def one_step_logp(model: Denoiser, x: Tensor, prompt_mask: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """(1 / l) sum of log p(token | x) over the tokens hidden in canvas x (M, P+L), valid in y (M, L): (M,).
 
-    prompt (prompts, P) as shown to the model; valid (prompts, G, L): the tokens that count."""
-    hidden = torch.full_like(completion[:, 0], model.mask_id)  # (prompts, L): the whole completion
-    x = torch.cat([prompt, hidden], 1)
-    logp = score(model, x, prompt_mask, completion, valid.any(1), temperature)  # (prompts, G, L)
-    return (logp * valid).sum(2)
-
-
-def trajectory_logp(model: Denoiser, x: Tensor, prompt_mask: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """(1 / l_s) sum over tokens hidden in canvas x (M, P+L) and valid in y (M, L): (M,); Eq. 10."""
+    l is the share of the completion that x hides. All of it hidden: log pi(o | q) of Eq. 8; a state of the
+    sampler: Eq. 10."""
     hidden = x[:, -y.shape[1]:] == model.mask_id
     logp = score(model, x, prompt_mask, y, hidden & until_eos(y, model.end_ids), temperature)
     return logp.sum(1) / hidden.float().mean(1)
@@ -130,7 +122,7 @@ def train(args: Args) -> float:
     optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
     run = Run(args, METHOD, model, task, optimizer)
-    G, L, S = args.G, args.L, args.S
+    G = args.G
 
     while not run.boundary():  # 1 save, evaluate
         # 2 roll out: G completions of each prompt
@@ -138,59 +130,53 @@ def train(args: Args) -> float:
         rows = [task.train[i] for i in ids for _ in range(G)]
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
         gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=L, S=S, block=args.block,
+        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                        temperature=args.temperature, guess=args.plusplus, budget=args.budget)
-        run.counters["nfe_rollout"] += roll.nfe
-        run.lap("rollout")
+        run.rolled_out(roll)
 
-        # 3 reward: of the completions, or (wd1++) of the one-step completions of K canvases per row
+        # 3 reward: of the completions, and what is scored: the members of a group, K of each row
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        if args.plusplus:
+        if args.plusplus:  # one-step completions of K states
             gens = [generator(model.device, args.seed, "steps", run.update, i) for i in ids]
-            steps, member = draw_steps(roll, args.K, group_noise(gens, len(rows), (S,)))  # (B, K)
+            steps, member = draw_steps(roll, args.K, group_noise(gens, len(rows), (args.S,)))  # (B, K)
+            hidden = roll.step[:, None] >= steps[..., None]  # (B, K, L)
             y = clean_predictions(roll, steps)  # (B, K, L)
             member_rows = [row for row in rows for _ in range(args.K)]
-            member_reward, _, _ = reward_rows(model, task, y.flatten(0, 1), member_rows)
-        else:
-            member_reward, member = reward, torch.ones_like(reward, dtype=torch.bool)
+            member_reward = reward_rows(model, task, y.flatten(0, 1), member_rows)[0].view(steps.shape)
+        else:  # the completion itself, K = 1, all of it hidden
+            y, member_reward = roll.completion[:, None], reward[:, None]
+            hidden = torch.ones_like(y, dtype=torch.bool)  # (B, 1, L)
+            member = hidden[..., 0]
         run.lap("reward")
 
         # 4 advantage, as weights
         per_group = (args.prompts, -1)
         weight = group_weights(member_reward.view(per_group), member.view(per_group), args.psi,
-                               args.positive_only)
+                               args.positive_only).view(member.shape)  # (B, K)
 
-        # 5 update
-        if args.plusplus:
-            pairs = member.nonzero()  # a row and one of its steps
-        else:
-            pairs = torch.arange(0, len(rows), G, device=model.device)[:, None]  # a prompt's first row
+        # 5 update: a member whose weight is 0, as all are when rewards are equal, cannot move a weight
+        pairs = (member & (weight != 0)).nonzero()  # (M, 2): a row and one of its members
+        shown = roll
         infos = []
         for epoch in range(args.passes):
-            gens = [generator(model.device, args.seed, "prompt mask", run.update, epoch, i) for i in ids]
-            shown = hide_tokens(prompt[::G], prompt_mask[::G], args.hide_prompt, model.mask_id, gens)
+            run.counters["nfe_update_full"] += member.sum().item()
+            if not args.plusplus:
+                gens = [generator(model.device, args.seed, "prompt mask", run.update, epoch, i) for i in ids]
+                some = hide_tokens(prompt[::G], prompt_mask[::G], args.hide_prompt, model.mask_id, gens)
+                shown = replace(roll, prompt=some.repeat_interleave(G, 0))
+            x = canvas(shown, hidden)  # (B, K, P+L); in wd1 equal for the G rows of a prompt: one forward
             for batch in minibatches(args, pairs, run.update, epoch):
                 total = 0.0
-                for part in micro_batches(batch, prompt.shape[1] + L, args.budget):
-                    if args.plusplus:
-                        r, k = part.unbind(1)
-                        x = canvas(roll[r], roll.step[r] >= steps[r, k][:, None])
-                        logp = trajectory_logp(model, x, prompt_mask[r], y[r, k], args.temperature)
-                        w = weight.view(-1, args.K)[r, k]
-                    else:
-                        p = part[:, 0] // G
-                        completion, valid = roll.completion.view(-1, G, L), roll.valid.view(-1, G, L)
-                        logp = one_step_logp(model, shown[p], prompt_mask[::G][p], completion[p],
-                                             valid[p], args.temperature)
-                        w = weight[p]
-                    loss = (w * logp).sum() / (args.prompts // args.minibatches)  # mean over prompts
+                for part in micro_batches(batch, x, args.budget):
+                    r, k = part.unbind(1)
+                    logp = one_step_logp(model, x[r, k], prompt_mask[r], y[r, k], args.temperature)  # (M,)
+                    loss = (weight[r, k] * logp).sum() * args.minibatches / args.prompts  # mean over prompts
                     loss.backward()
                     total += loss.item()
-                    run.counters["nfe_update"] += len(part)
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
         # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
+        run.log_update(rollout_metrics(roll, reward, parts, G), infos)
     return run.finish()
 
 

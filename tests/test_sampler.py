@@ -114,7 +114,7 @@ def test_equals_a_slow_version(order, threshold, block, temperature):
     for name in ("logp", "entropy"):
         expected = torch.tensor([getattr(row, name) for row in slow], dtype=torch.float64)
         torch.testing.assert_close(getattr(roll, name), expected, atol=1e-10, rtol=0)
-    assert roll.nfe == sum(row.nfe for row in slow)
+    assert roll.nfe < roll.nfe_full == sum(row.nfe for row in slow)
     if block < L:  # the case is hard enough: rows end at different times
         assert 1 < len({row.nfe for row in slow})
         assert (roll.step == roll.S).any()
@@ -288,8 +288,8 @@ def test_nfe_counts_rows_and_guesses_are_free(threshold, monkeypatch):
     seen = record(model, monkeypatch, "body")
     roll = rollout(model, threshold=threshold)
     assert roll.nfe == sum(len(x) for x in seen)
-    assert roll.nfe == sum(len(set(row) - {roll.S}) for row in roll.step.tolist())  # of rows still at work
-    assert roll.nfe < 3 * G * roll.S
+    at_work = [len(set(row) - {roll.S}) for row in roll.step.tolist()]
+    assert roll.nfe < roll.nfe_full == sum(at_work) < 3 * G * roll.S
     forwards = len(seen)
     with_guess = rollout(model, threshold=threshold, guess=True)
     assert (with_guess.nfe, len(seen)) == (roll.nfe, 2 * forwards)

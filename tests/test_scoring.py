@@ -5,7 +5,7 @@ import torch
 from conftest import generators, padded_prompts, sharp_model
 
 import common
-from common import attention, canvas, denoise, micro_batches, per_step, score
+from common import attention, canvas, denoise, distinct, micro_batches, per_step, score
 
 L, S, BLOCK, G = 12, 6, 4, 4
 OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
@@ -40,9 +40,9 @@ def test_the_rebuilt_state_is_what_the_sampler_saw(options, monkeypatch):
     leaks = 0
     for s, x in enumerate(seen):
         at_work = (roll.step == s).any(1)  # a row still at work reveals at least one token
-        assert torch.equal(canvas(roll, roll.step >= s)[at_work], x)
+        assert torch.equal(canvas(roll, roll.step >= s)[at_work].unique(dim=0), x.unique(dim=0))
         tail_visible = canvas(roll, (roll.step >= s) & (roll.step < roll.S))  # the released RLDF code
-        leaks += not torch.equal(tail_visible[at_work], x)
+        leaks += not torch.equal(tail_visible[at_work].unique(dim=0), x.unique(dim=0))
     assert not (roll.step[roll.step < roll.S] >= len(seen)).any()
     assert roll.step.max() == roll.S or options.get("block") == L
     assert (leaks > 0) == (roll.step.max() == roll.S)  # that canvas gives the answer's length away
@@ -89,34 +89,54 @@ def test_score_equals_full_logits_gathered(temperature):
     assert (found[~where] == 0).all()
 
 
-def test_one_canvas_scores_a_whole_group():
-    """target (B, G, L) with one canvas per group equals G canvases, in value and gradient, 1/G the price."""
+def test_equal_canvases_are_evaluated_once():
+    """One canvas for each of three groups of four rows, each row with tokens and places of its own: value and
+    gradient of rows scored alone, at 1/4 of the forwards; the head runs once at each place."""
     model = sharp_model(dtype=torch.float64)
-    prompt, prompt_mask = padded_prompts(model, 1)
-    x = torch.cat([prompt, torch.full((3, L), model.mask_id)], 1)
+    prompt, prompt_mask = padded_prompts(model, G)
+    x = torch.cat([prompt, torch.full((3 * G, L), model.mask_id)], 1)
     gen = torch.Generator().manual_seed(0)
-    target = torch.randint(4, 14, (3, G, L), generator=gen)
-    where = torch.rand(3, L, generator=gen) < 0.7
-    weight = torch.randn(3, G, L, generator=gen, dtype=torch.float64)
+    target = torch.randint(4, 14, (3 * G, L), generator=gen)
+    where = torch.rand(3 * G, L, generator=gen) < 0.7
+    weight = torch.randn(3 * G, L, generator=gen, dtype=torch.float64)
+    before, places, head = model.forwards["rows"], [], model.head
+    model.head = lambda h: places.append(len(h)) or head(h)
     together = score(model, x, prompt_mask, target, where, 0.7)
-    together_grads = torch.autograd.grad((together * weight).sum(), list(model.network.parameters()))
-    apart = score(model, *(t.repeat_interleave(G, 0) for t in (x, prompt_mask)), target.flatten(0, 1),
-                  where.repeat_interleave(G, 0), 0.7).view(3, G, L)
+    assert model.forwards["rows"] - before == 3
+    assert places == [where.view(3, G, L).any(1).sum().item()]
+    grads = torch.autograd.grad((together * weight).sum(), list(model.network.parameters()))
+    apart = torch.cat([score(model, *(t[b : b + 1] for t in (x, prompt_mask, target, where)), 0.7)
+                       for b in range(3 * G)])
     torch.testing.assert_close(together, apart, atol=1e-12, rtol=1e-12)
     apart_grads = torch.autograd.grad((apart * weight).sum(), list(model.network.parameters()))
-    for one, other in zip(together_grads, apart_grads, strict=True):
+    for one, other in zip(grads, apart_grads, strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()  # ModernBERT rotates in fp32, whatever its weights
 
 
-@pytest.mark.parametrize("shape", [(3, L), (3, G, L)])
-def test_nothing_to_score(shape):
+def test_equal_tokens_under_unequal_masks_are_two_canvases():
+    """A prompt that begins with the padding token's id is not a padded one."""
+    model = sharp_model()
+    prompt = torch.tensor([[model.pad_id, 5, 6], [model.pad_id, 5, 6]])
+    prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
+    x = torch.cat([prompt, torch.full((2, L), model.mask_id)], 1)
+    found = score(model, x, prompt_mask, torch.full((2, L), 4), torch.ones(2, L, dtype=torch.bool), 1.0)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_distinct():
+    rows = torch.tensor([[3, 1], [0, 2], [3, 1], [0, 2], [0, 0], [3, 1]])
+    first, which = distinct(rows)
+    assert first.tolist() == [0, 1, 4] and which.tolist() == [0, 1, 0, 1, 2, 0]
+
+
+def test_nothing_to_score():
     """A micro-batch may hold canvases without a single scored token."""
     model = sharp_model()
     prompt, prompt_mask = padded_prompts(model, 1)
     x = torch.cat([prompt, torch.full((3, L), model.mask_id)], 1)
     nothing = torch.zeros(3, L, dtype=torch.bool)
-    found = score(model, x, prompt_mask, torch.full(shape, 4), nothing, 1.0)
-    assert torch.equal(found, torch.zeros(shape))
+    found = score(model, x, prompt_mask, torch.full((3, L), 4), nothing, 1.0)
+    assert torch.equal(found, torch.zeros(3, L))
     found.sum().backward()
 
 
@@ -148,8 +168,11 @@ def test_the_gradient_does_not_depend_on_the_budget(dtype, tolerance):
 
     def gradient(budget: int, global_normaliser: bool = True) -> torch.Tensor:
         model.network.zero_grad()
-        parts = list(micro_batches(torch.arange(len(b)), each, budget))
-        for part in parts:
+        pairs = torch.stack([b, s], 1)
+        states = torch.stack([canvas(roll, roll.step >= s) for s in range(roll.S)], 1)  # (B, S, P+L)
+        parts = list(micro_batches(pairs, states, budget))
+        place = {tuple(pair): m for m, pair in enumerate(pairs.tolist())}
+        for part in ([place[tuple(pair)] for pair in part.tolist()] for part in parts):
             row, step = roll[b[part]], s[part][:, None]
             revealed = row.step == step
             logp = score(model, canvas(row, row.step >= step), row.prompt_mask, row.completion, revealed, 1.0)
@@ -166,11 +189,18 @@ def test_the_gradient_does_not_depend_on_the_budget(dtype, tolerance):
 
 
 def test_micro_batches_cover_everything_once_within_the_budget():
-    items = torch.randperm(23, generator=torch.Generator().manual_seed(0))
-    for tokens_each, budget, most in ((10, 70, 7), (10, 79, 7), (10, 10_000, 23), (10, 3, 1)):
-        parts = list(micro_batches(items, tokens_each, budget))
-        assert torch.equal(torch.cat(parts), items)
-        assert max(map(len, parts)) == most
+    """17 canvases of 10 tokens, 7 of them twice over the rows: equal ones stay together."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.rand(8, 3, 10, generator=gen)
+    x[4:6] = x[:2]
+    x[7, 0] = x[6, 1]
+    pairs = torch.ones(8, 3).nonzero()[torch.randperm(24, generator=gen)]
+    for budget, most in ((70, 7), (79, 7), (10_000, 17), (3, 1)):
+        parts = list(micro_batches(pairs, x, budget))
+        assert sorted(torch.cat(parts).tolist()) == sorted(pairs.tolist())
+        held = [x[part[:, 0], part[:, 1]].unique(dim=0) for part in parts]
+        assert max(map(len, held)) == most and sum(map(len, held)) == 17
+    assert list(micro_batches(pairs[:0], x, 70)) == []
 
 
 def test_per_step_equals_a_loop():
@@ -204,7 +234,9 @@ def test_logits_are_read_in_parts_and_made_again_for_backward(size, monkeypatch)
     found, parts = gradient()
     torch.testing.assert_close(found, value, atol=1e-12, rtol=0)
     torch.testing.assert_close(parts, whole, atol=1e-10, rtol=1e-10)
-    M = int(where.sum())
+    used = torch.zeros(len(distinct(x)[0]), L, dtype=torch.bool)
+    used[distinct(x)[1][where.nonzero()[:, 0]], where.nonzero()[:, 1]] = True
+    M = int(used.sum())  # places of distinct canvases
     in_forward = -(-M // size)
     assert max(calls) == min(size, M)
     assert len(calls) == (1 if in_forward == 1 else 2 * in_forward)
