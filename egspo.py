@@ -101,12 +101,19 @@ def advantage(ret: Tensor, taken: Tensor, G: int) -> Tensor:
     return ((ret - mean) * (taken & (highest > lowest))).flatten(0, 1)
 
 
-def same_step_advantage(guess_reward: Tensor, steps: Tensor, taken: Tensor, G: int, S: int) -> Tensor:
-    """Rewards of the guesses (B, K) minus the mean of the group's rows that kept the same denoising step."""
-    at_steps, is_kept = torch.zeros(2, len(steps), S, dtype=guess_reward.dtype, device=steps.device)
-    at_steps.scatter_(1, steps, guess_reward * taken)
-    is_kept.scatter_(1, steps, taken.to(is_kept))
-    return advantage(at_steps, is_kept > 0, G).gather(1, steps)
+def stepwise_advantage(
+    reward: Tensor, guess_reward: Tensor, steps: Tensor, taken: Tensor, G: int, S: int, lam: float,
+    baseline: str,
+) -> Tensor:
+    """A (B, K) of rewards (B,) and rewards of the guesses (B, K), minus the group's mean at the same "rank"; or
+    each minus a mean of its own: R's over the group, r_s's over its rows that kept the same "step"."""
+    if baseline == "rank":
+        return advantage(stepwise_return(reward, guess_reward, lam), taken, G)
+    at_step, kept = reward.new_zeros(2, len(steps), S)
+    at_step.scatter_(1, steps, guess_reward * taken)
+    kept.scatter_(1, steps, taken.to(kept))
+    guess_adv = advantage(at_step, kept > 0, G).gather(1, steps)
+    return (advantage(reward[:, None], taken[:, :1], G) - lam / (1 + lam) * guess_adv) * taken
 
 
 def step_logp(model: Denoiser, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
@@ -172,12 +179,7 @@ def train(args: Args) -> float:
         run.lap("reward")
 
         # 4 advantage
-        if args.baseline == "rank":
-            adv = advantage(stepwise_return(reward, guess_reward, args.lam), taken, args.G)  # (B, K)
-        else:
-            guess_adv = same_step_advantage(guess_reward, steps, taken, args.G, args.S)
-            adv = advantage(reward[:, None], taken[:, :1], args.G) * taken
-            adv = adv - args.lam / (1 + args.lam) * guess_adv
+        adv = stepwise_advantage(reward, guess_reward, steps, taken, args.G, args.S, args.lam, args.baseline)
         logp_old = per_step(roll.logp, roll.step, args.S).gather(1, steps)  # (B, K), as sampled
 
         # 5 update: without a KL, a pair whose advantage is 0 cannot move a weight

@@ -1,18 +1,21 @@
 """EGSPO: the policy-gradient theorem by exact enumeration, then each function against its slow or hand-made
 version."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
-from conftest import Tabular
+from conftest import Tabular, offer, recording, sharp_model, standing_in, toy_task
 from test_methods import launch, lines
 
 import egspo
-from common import Rollout, per_step, until_eos
+import models
+from common import Denoiser, Rollout, per_step, until_eos
 from models import save_model
 from pretrain import tiny_model
+from run import Run
 
 V = 3
 
@@ -166,6 +169,40 @@ def test_fewer_steps_than_all_are_biased_and_by_how_much():
     assert 0.02 < error[2] < error[1] < 2, error
 
 
+def baseline_error(baseline: str, lam: float) -> float:
+    """Of the gradient with G = 2, K = S and the stepwise baseline, over every pair of trajectories."""
+    model = Tabular(V, 3, seed=5)
+    probability, completions, steps = zip(*enumerate_rollouts(model, 3, 1, "top_prob", 3), strict=True)
+    probability, N = torch.stack(probability), len(completions)
+    roll = as_rollout(model, completions, steps, 3)
+    value = torch.randn(5**3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    code = 5 ** torch.arange(3)
+    guess_reward = torch.zeros(N, 3, dtype=torch.float64)
+    for i, s in itertools.product(range(N), range(3)):
+        state = [t if u < s else model.mask_id for t, u in zip(completions[i], steps[i], strict=True)]
+        p = probabilities(model, state).detach()
+        guess = [p[j].argmax() if t == model.mask_id else t for j, t in enumerate(state)]
+        guess_reward[i, s] = value[(torch.tensor(guess) * code).sum()]
+        roll.entropy[i, steps[i].index(s)] = torch.special.entr(p[steps[i].index(s)]).sum()
+    reward = value[(roll.completion * code).sum(1)]
+    exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
+    pairs = torch.cartesian_prod(torch.arange(N), torch.arange(N)).flatten()  # groups of two rows
+    kept, taken = egspo.select_steps(roll[pairs], 3, None)
+    ranked = guess_reward[pairs].gather(1, kept)
+    adv = egspo.stepwise_advantage(reward[pairs], ranked, kept, taken, 2, 3, lam, baseline)
+    logp = torch.stack([egspo.step_logp(model, roll, torch.full((N,), s), 1.0) for s in range(3)], 1)
+    weight = probability.detach()[pairs].view(-1, 2).prod(1).repeat_interleave(2)[:, None]
+    total = (weight * adv * logp[pairs].gather(1, kept)).sum()  # two rows, each with half of the gradient
+    return relative_error(exact, torch.autograd.grad(total, model.table)[0])
+
+
+def test_the_baseline_at_the_same_step_is_exact_and_at_the_same_rank_it_is_not():
+    """A rank is known only once the row is finished. Without stepwise advantages there is nothing to it."""
+    assert baseline_error("step", 0.5) < 1e-10
+    assert 0.01 < baseline_error("rank", 0.5) < 0.5
+    assert baseline_error("rank", 0.0) < 1e-10
+
+
 def test_steps_without_entropy_contribute_exactly_nothing():
     model = Tabular(V, 3, seed=5)
     with torch.no_grad():
@@ -284,7 +321,91 @@ def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(tmp_pat
     shape = "--prompts 4 --G 2 --S 4 --minibatches 2 --updates 1 --beta 1".split()
     for K in (2, 4):
         seen.clear()
-        launch("egspo", "--model", tmp_path / "base", *shape, "--K", K, "--passes", 2, "--out", tmp_path / f"run{K}")
+        out = tmp_path / f"run{K}"
+        launch("egspo", "--model", tmp_path / "base", *shape, "--K", K, "--passes", 2, "--out", out)
         assert len(set(seen)) == 8 * K and all(seen.count(pair) == 2 for pair in set(seen))
-        update = lines(tmp_path / f"run{K}")[1]
+        update = lines(out)[1]
         assert (update["nfe_update_full"], update["nfe_rollout_full"]) == (2 * 2 * 8 * K, 8 * 4)
+
+
+def slow_step_logp(model, roll, b: int, s: int) -> torch.Tensor:
+    """log p of what step s of row b revealed; its canvas alone in a forward, its prompt without padding."""
+    shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
+    x = torch.cat([roll.prompt[b, roll.prompt_mask[b]], shown])[None]
+    logp = (model.head(model.body(x, None))[0, -len(shown) :] / 0.7).log_softmax(1)
+    return sum(logp[i, roll.completion[b, i]] for i in range(len(shown)) if roll.step[b, i] == s)
+
+
+def slow_loss(model, roll, logp_ref: dict, steps, taken, reward, guess_reward, baseline: str) -> torch.Tensor:
+    """The docstring's formula, a row and a step at a time: G 3, K 3, two tokens per step."""
+    total = 0.0
+    for b, k in taken.nonzero().tolist():
+        s, group = steps[b, k].item(), range(b // 3 * 3, b // 3 * 3 + 3)
+        rank = [b2 for b2 in group if taken[b2, k]]
+        same = [(b2, k2) for b2 in group for k2 in range(3) if taken[b2, k2] and steps[b2, k2] == s]
+
+        def ret(b2, k2):
+            return (reward[b2] + 0.5 * (reward[b2] - guess_reward[b2, k2])) / 1.5
+
+        adv = ret(b, k) - sum(ret(b2, k) for b2 in rank) / len(rank)
+        if baseline == "step":
+            R = reward[b] - sum(reward[b2] for b2 in group) / 3
+            r = guess_reward[b, k] - sum(guess_reward[at] for at in same) / len(same)
+            adv = R - r * 0.5 / 1.5
+        old = sum(roll.logp[b, i] for i in range(8) if roll.step[b, i] == s)
+        logp = slow_step_logp(model, roll, b, s)
+        ratio, d = (logp - old).exp(), logp_ref[b, s] - logp
+        gain = torch.minimum(ratio * adv, ratio.clamp(1 - 0.1, 1 + 0.2) * adv)
+        total = total + (-gain + 0.3 * (d.exp() - d - 1)) / (12 * 3 * 2)
+    return total
+
+
+@pytest.mark.parametrize("baseline", ["rank", "step"])
+def test_an_update_has_the_gradient_of_the_paper(baseline, tmp_path, monkeypatch):
+    """Two passes in float64: the ratio is 1 in the first, the clip bites in the second."""
+    save_model(sharp_model(3.0), tmp_path / "model")
+    offer(monkeypatch, "toy", toy_task)
+    seen, load, step = {}, models.load_model, Run.optimizer_step
+    for name in ("denoise", "select_steps", "reward_rows"):
+        monkeypatch.setattr(egspo, name, recording(getattr(egspo, name), seen.setdefault(name, [])))
+
+    def double(*inputs):
+        model = load(*inputs)
+        model.network.double()
+        return model
+
+    def optimizer_step(self, *inputs):
+        grad = torch.cat([p.grad.flatten() for p in self.model.network.parameters() if p.grad is not None])
+        seen.setdefault("optimizer_step", []).append((grad, copy.deepcopy(self.model.network.state_dict())))
+        return step(self, *inputs)
+
+    monkeypatch.setattr(models, "load_model", double)
+    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(Denoiser, "body", standing_in)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr("run.plot", lambda *_: None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --updates 1 --K 3"
+        flags = "--passes 2 --minibatches 1 --beta 0.3 --eps_lo 0.1 --eps_hi 0.2 --lr 1e-2 --budget 200"
+        launch("egspo", "--model", tmp_path / "model", "--out", tmp_path / "run",
+               *f"{shape} {flags} --eval_threshold 0 --baseline {baseline}".split())
+        (roll,), ((steps, taken),) = seen["denoise"], seen["select_steps"]
+        reward, guess_reward = (found[0] for found in seen["reward_rows"])
+        assert not taken.all()
+        model = models.load_model(str(tmp_path / "model"))
+        with torch.no_grad():
+            logp_ref = {(b, s): slow_step_logp(model, roll, b, s) for b in range(12) for s in range(4)}
+        inputs = roll, logp_ref, steps, taken, reward, guess_reward.view(12, 3)
+        for grad, weights in seen["optimizer_step"]:
+            model.network.load_state_dict(weights)
+            for name, same in ((baseline, True), ({"rank": "step", "step": "rank"}[baseline], False)):
+                loss = slow_loss(model, *inputs, name)
+                expected = torch.autograd.grad(loss, list(model.network.parameters()), allow_unused=True)
+                expected = torch.cat([g.flatten() for g in expected if g is not None])
+                error = (grad - expected).norm() / expected.norm()
+                assert error < 1e-10 if same else error > 1e-5
+    finally:
+        torch.set_default_dtype(torch.float32)
+    update = lines(tmp_path / "run")[1]
+    assert update["kl"] > 0 and update["clip_frac"] > 0

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import offer, sharp_model, toy_task
+from conftest import offer, recording, sharp_model, standing_in, toy_task
 from test_methods import METHODS, launch, lines
 
 import common
@@ -54,25 +54,6 @@ def update(monkeypatch, tmp_path):
         return seen["denoise"][0], seen["reward_rows"][0][0], gradients, lines(out)[1]
 
     return go
-
-
-def recording(function, found: list):
-    """The function, with what it returns appended to `found`."""
-
-    def record(*inputs, **options):
-        found.append(function(*inputs, **options))
-        return found[-1]
-
-    return record
-
-
-def standing_in(self, x, attn):
-    """A body in float64, without ModernBERT's layers, which rotate in fp32 whatever their weights."""
-    self.forwards["rows"] += len(x)
-    e = self.network.model.embeddings.tok_embeddings(x)
-    if attn is not None:
-        e = e * attn[..., None]
-    return (e + 2 * e.cumsum(1) + e.sum(1, keepdim=True)).tanh()
 
 
 @pytest.mark.parametrize("method, flags", CASES)
