@@ -102,7 +102,7 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
             rows[number] = recipe.row(raw)
             json.dumps(rows[number], ensure_ascii=False).encode()  # no tokenizer takes half a character
         except Exception as error:  # a row may hold anything
-            wrong[number] = " ".join(str(error).split())
+            wrong[number] = textwrap.shorten(str(error), 160)
     for number, free in zip(rows, recipe.free(list(rows.values())), strict=True):
         wrong |= {number: "its tests pass for a program that does nothing"} if free else {}
     if wrong:
@@ -205,10 +205,11 @@ def boxed(text: str) -> str | None:
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SPELLING = [  # in a matrix \\ ends a row, and what follows it is no space
     ("[−–]", "-"), ("²", "^2"), ("³", "^3"), (r"[×·]|\\(?:times|cdot)(?![a-z])", "*"),
-    (r"÷|\\div(?![a-z])", "/"), (r"\\!", ""), (r"\{,\}", ","), (r"(?<!\\)\\[,;: ]|~", " "),
+    (r"÷|\\div(?![a-z])", "/"), (r"(?<!\\)\\[][()!]", ""), (r"\{,\}", ","), (r"(?<!\\)\\[,;: ]|~", " "),
     (r"(?<=\d)\s(?=\d{3}(?!\d))", ""),  # 1 450 000
     (r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]([-+]?\d\d?)(?![\w.])", r"\1*10^{\2}"),
-    (rf"(?<=[\d}}])((?:\s|\\text\s*{{)*)({'|'.join(POWERS)})s?\b", lambda m: f"*10^{{{POWERS[m[2]]}}}{m[1]}")]
+    (rf"(?<=[^\s{{])((?:\s|\\text\s*{{)*)({'|'.join(POWERS)})s?\b",
+     lambda found: f"*10^{{{POWERS[found[2]]}}}{found[1]}")]
 
 
 def plain(text: str) -> str:
@@ -488,18 +489,20 @@ def judge_math():
 
     def verdict(*pair: str) -> int:
         bases = [re.findall(r"\d_\{?(\d+)", text) for text in pair]  # which math-verify leaves out
-        latex = LatexExtractionConfig()  # and not its expressions outside LaTeX: sympy would eval them
+        # not expressions outside LaTeX: sympy would eval them; first_match: nor a part of what it cannot read
+        latex, mode = LatexExtractionConfig(boxed_match_priority=0), "first_match"
         if re.search(r"(?<![a-zA-Z])[a-z]$", pair[0]):  # 2t: t is no unit
             latex = replace(latex, normalization_config=replace(latex.normalization_config, units=False))
-        gold, answer = (parse(f"\\boxed{{{text}}}", [latex], parsing_timeout=None) for text in pair)
+        gold, answer = (parse(f"\\boxed{{{text}}}", [latex], mode, mode, None) for text in pair)
         if all(isinstance(part, str) for part in answer):
             return 12
         equal = partial(verify, timeout_seconds=None, float_rounding=12, allow_set_relation_comp=True)
         chains = [part for part in answer if isinstance(part, (sympy.And, sympy.Eq))]
         sides = [side for part in chains for eq in part.atoms(sympy.Eq) for side in eq.args if side.is_number]
-        if not all(equal(sides[0], side) for side in sides):  # x = 6 = 5, of which verify reads the last
+        same = sides[:1] if isinstance(gold[0], (sympy.And, sympy.Eq)) else gold
+        if not all(equal(same, side) for side in sides):  # x = 6 = 5, of which verify reads the last
             return 11
-        return 10 if equal(gold, answer) and (not all(bases) or bases[0] == bases[1]) else 11
+        return 10 if equal(gold, answer) and bases[1] in ([], bases[0] or ["10"]) else 11
 
     logging.disable()
     # whether it works; and a child that finds warm caches takes 15 ms, not 90

@@ -152,7 +152,10 @@ def test_math_golds():
     ("3", "3, 4", False), ("3", "3 \\text{ or } 4", False), ("\\frac{1}{3}", "0.33", False),
     ("3", "\\infty", False),
     ("\\frac{1}{2}", "0.50000001", False), ("0.3", "0.1+0.2", True), ("1011_2", "1011_3", False),
-    ("1011_2", "1011_{2}", True), ("1011_2", "1011", True), ("5", "6=5", False), ("5", "10-5=5", True),
+    ("5", "\\[5\\]", True), ("28", "28_2", False), ("28", "28_{10}", True), ("1011_2", "1011_{2}", True),
+    ("1011_2", "1011", True), ("2k", "9 = 2k", False), ("2k", "x = 2k", True),
+    ("2x+3y=7", "2x + 3y = 7", True),
+    ("7\\pi", "7\\pi\\text{ thousand}", False), ("5", "6=5", False), ("5", "10-5=5", True),
     ("x=5", "x=6=5", False), ("5", "6=x=5", False), ("0.5", "x = \\frac12 = 0.5", True),
     ("x=5,y=6", "x = 5, y = 6", True), ("1000000", "1e6", True), ("1000000", "1\\,000\\,000", True),
     ("[0,1)", "0\\le x<1", True), ("[0,1)", "0\\le x\\le 1", False), ("-3", "–3", True), ("12", "12.", True),
@@ -170,6 +173,14 @@ def test_math_is_not_string_equality(gold, answer, correct):
                                   "\\boxed{" + "1+" * 300 + "2}"])
 def test_math_unreadable(text):
     assert math_reward(text, {"answer": "3"}) == (0.0, UNREADABLE)
+
+
+@pytest.mark.parametrize("gold, answer", [
+    ("\\frac{1}{2}", "])\\frac{1}{2}|99"), ("\\frac{1}{2}", "\\frac{1}{2}x^"), ("5", "the answer is $5$ ?"),
+    ("5", "? \\[5\\]")])
+def test_math_reads_all_of_the_box(gold, answer):
+    """math-verify looks for something it can read: a fraction in nonsense was an answer."""
+    assert math_reward(f"\\boxed{{{answer}}}", {"answer": gold})[0] == 0
 
 
 def test_math_does_not_hang():
@@ -283,6 +294,7 @@ def test_countdown_golds():
     ([3, 5], 15, "3 \\times 5", 1.0, 0.0),
     ([3, 5], 15, "$3 \\cdot 5 = 15$", 1.0, 0.0),
     ([6, 3], 2, "6 \\div 3", 1.0, 0.0),
+    ([3, 5], 8, "\\(3+5\\)", 1.0, 0.0),
     ([3, 5], 8, "`3+5`", 1.0, 0.0),
     ([3, 5], 8, "```python\n3+5\n```", 1.0, 0.0),
     ([3, 5], 8, "3+5.", 1.0, 0.0),
@@ -844,7 +856,7 @@ def test_a_few_rows_that_cannot_be_used_are_dropped(tmp_path, capsys):
     ("data.jsonl", "[" * 10**5, "cannot read .*line 1: .*recursion"),
     ("data.json", '[{"question": "What\\ud800?", "answer": "3"}]', "row 1: .*surrogates not allowed"),
     ("data.json", '[{"question": " ", "answer": "3"}]', "row 1: no column question; it has answer"),
-    ("data.csv", "question,answer\nWhat?," + "9" * 5000 + "\n", "row 1: the answer .* is not a number"),
+    ("data.csv", "question,answer\nWhat?," + "9" * 5000 + "\n", r"row 1: the answer \[...\] \(1 of 1 rows"),
     ("data.json", None, "cannot read .*data.json: .*No such file"),
     ("data.txt", "x", "cannot read .*data.txt: it must be a .json .*, .jsonl or .csv file"),
     ("data.json", "", "data.json is empty"),
@@ -866,7 +878,7 @@ def test_refused_files(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as refusal:
         load("gsm8k", chat=True, data=str(tmp_path / name))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
 
 
 @pytest.mark.parametrize("name, raw, message", [
