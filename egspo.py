@@ -105,7 +105,7 @@ def stepwise_advantage(
     reward: Tensor, guess_reward: Tensor, steps: Tensor, taken: Tensor, G: int, S: int, lam: float,
     baseline: str,
 ) -> Tensor:
-    """A (B, K) of rewards (B,) and rewards of the guesses (B, K), minus the group's mean at the same "rank"; or
+    """A (B, K) of rewards (B,) and the guesses' (B, K), minus the group's mean at the same "rank"; or
     each minus a mean of its own: R's over the group, r_s's over its rows that kept the same "step"."""
     if baseline == "rank":
         return advantage(stepwise_return(reward, guess_reward, lam), taken, G)

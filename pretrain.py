@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import Denoiser
+from common import Denoiser, refuse
 from models import release_memory, save_model
 from tasks import sudoku_puzzles, sudoku_split
 
@@ -112,6 +112,12 @@ def train(settings: Settings) -> Denoiser:
 def base_folder(settings: Settings | None = None) -> Path:
     """The cached base with these settings, built if missing. Of two processes at once one result is kept."""
     settings = settings or Settings()
+    if min(settings.steps, settings.batch, settings.layers) < 1 or settings.seed < 0:
+        refuse("--steps, --batch and --layers must be at least 1, --seed at least 0")
+    if settings.width < 32 or settings.width % 32:
+        refuse(f"--width {settings.width} must be a multiple of 32, the width of an attention head")
+    if not (0 < settings.lr < np.inf and 0 <= settings.sloppy <= 1):
+        refuse("--lr must be a finite number above 0, --sloppy from 0 to 1")
     key = hashlib.sha256(json.dumps(dataclasses.asdict(settings), sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-rl"
     folder = cache / f"tiny-sudoku-{key}"

@@ -8,6 +8,7 @@ sudoku, countdown, gsm8k, math, mbpp with humaneval; the table of them all.
 """
 
 import ast
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -43,6 +44,7 @@ class Recipe:
     sources: dict[str, Callable[[], list[dict]]]  # "train", "test"; or "train" alone, split here
     key: Callable[[dict], object] = lambda row: " ".join(row["question"].split())  # train and test share none
     parallel: bool = False
+    free: Callable[[list[dict]], list[bool]] = lambda rows: [False] * len(rows)  # rewards any answer
 
 
 def load(name: str, *, chat: bool, data: str = "", test_data: str = "", train: bool = True) -> Task:
@@ -83,22 +85,39 @@ def load(name: str, *, chat: bool, data: str = "", test_data: str = "", train: b
 
 
 def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
-    """Rows of a task from published ones. Raises ValueError that says which one cannot be used."""
-    rows = []
+    """Rows of a task from published ones. What cannot be used is dropped and told; above 1 %, ValueError."""
+    rows, wrong = {}, {}
     for number, raw in enumerate(raws, 1):
         try:
-            rows.append(recipe.row(raw))
+            rows[number] = recipe.row(raw)
+            json.dumps(rows[number], ensure_ascii=False).encode()  # no tokenizer takes half a character
         except Exception as error:  # a row may hold anything
-            raise ValueError(f"{where}, row {number}: {error}") from error
-    return rows
+            wrong[number] = textwrap.shorten(str(error), 160)
+    for number, free in zip(rows, recipe.free(list(rows.values())), strict=True):
+        wrong |= {number: "its tests pass for a program that does nothing"} if free else {}
+    if wrong:
+        first = f"row {min(wrong)}: {wrong[min(wrong)]}"
+        if len(wrong) > len(raws) / 100:
+            raise ValueError(f"{where}, {first} ({len(wrong)} of {len(raws)} rows cannot be used)")
+        print(f"{where}: {len(wrong)} of {len(raws)} rows dropped, the first is {first}")
+    return [row for number, row in rows.items() if number not in wrong]
 
 
 def column(raw: dict, *names: str):
-    """What is in the first of these columns that is there: every publisher has names of its own."""
+    """What is in the first of these columns that holds something: every publisher has names of its own."""
+    filled = {name: value for name, value in raw.items() if value is not None and str(value).strip()}
     for name in names:
-        if raw.get(name) is not None:
-            return raw[name]
-    raise ValueError(f"no column {' or '.join(names)}; it has {', '.join(map(str, raw))}")
+        if name in filled:
+            return filled[name]
+    raise ValueError(f"no column {' or '.join(names)}; it has {', '.join(map(str, filled))}")
+
+
+def listed(value) -> list:
+    """A list, which a column of text holds as JSON, as Python or without brackets; else what it is, alone."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            value = read(value)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def read_file(name: str) -> list[dict]:
@@ -117,8 +136,8 @@ def read_file(name: str) -> list[dict]:
             for line in text.split("\n"):
                 number += 1
                 rows += [json.loads(line)] if line.strip() else []
-    except (OSError, ValueError, csv.Error) as error:
-        reason = f"line {number}: {error.msg}" if number else error
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        reason = f"line {number}: {getattr(error, 'msg', error)}" if number else error
         raise ValueError(f"cannot read {name}: {reason}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{name} must hold a list of objects")
@@ -159,7 +178,7 @@ def between_tags(text: str) -> str:
     """What is in the last <answer>...</answer>; nothing without one, or if the last is not closed."""
     _, opened, rest = text.rpartition("<answer>")
     inside, closed, _ = rest.partition("</answer>")
-    return inside if opened and closed else ""
+    return re.sub(r"```[a-z]*\n|`", "", inside) if opened and closed else ""  # a fence is no answer
 
 
 def boxed(text: str) -> str | None:
@@ -171,6 +190,23 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return inside[: match.start()]
     return None
+
+
+POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SPELLING = [  # in a matrix \\ ends a row, and what follows it is no space
+    ("[−–]", "-"), ("²", "^2"), ("³", "^3"), (r"[×·]|\\(?:times|cdot)(?![a-z])", "*"),
+    (r"÷|\\div(?![a-z])", "/"), (r"(?<!\\)\\[][()!]", ""), (r"\{,\}", ","), (r"(?<!\\)\\[,;: ]|~", " "),
+    (r"(?<=\d)\s(?=\d{3}(?!\d))", ""),  # 1 450 000
+    (r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]([-+]?\d\d?)(?![\w.])", r"\1*10^{\2}"),
+    (rf"(?<=[^\s{{])((?:\s|\\text\s*{{)*)({'|'.join(POWERS)})s?\b",
+     lambda found: f"*10^{{{POWERS[found[2]]}}}{found[1]}")]
+
+
+def plain(text: str) -> str:
+    r"""One spelling for minus and times, 1\,450\,000, 1.8e1, 18\text{ million}; without a final dot."""
+    for pattern, plainly in SPELLING:
+        text = re.sub(pattern, plainly, text)
+    return text.strip().removesuffix(".")
 
 
 def code_block(text: str) -> str:
@@ -238,8 +274,9 @@ def sudoku_row(raw: dict) -> dict:
     puzzle, solution = str(column(raw, "puzzle", "Puzzle")), str(column(raw, "solution", "Solution"))
     if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
         raise ValueError(f"a board is 16 digits 1-4, 0 = blank, not {puzzle!r} and {solution!r}")
-    if "0" not in puzzle or any(p not in ("0", s) for p, s in zip(puzzle, solution, strict=True)):
-        raise ValueError(f"{solution} does not fill in {puzzle}")
+    clues = all(p in ("0", s) for p, s in zip(puzzle, solution, strict=True))
+    if "0" not in puzzle or not clues or not (sudoku_grids() == list(map(int, solution))).all(1).any():
+        raise ValueError(f"{solution} does not fill in {puzzle} by the rules")
     return {"prompt": puzzle + "=", "puzzle": puzzle, "solution": solution}
 
 
@@ -299,17 +336,19 @@ def countdown_hub() -> list[dict]:
 
 
 def countdown_row(raw: dict) -> dict:
-    numbers, target = column(raw, "numbers", "nums", "input"), int(column(raw, "target", "output"))
-    numbers = [int(n) for n in (numbers.split(",") if isinstance(numbers, str) else numbers)]
-    listed = ", ".join(map(str, numbers))
-    return {"prompt": f"{TAGS}\n\n{COUNTDOWN.format(target, listed)}", "question": f"{listed} -> {target}",
+    numbers = [int(str(n)) for n in listed(column(raw, "numbers", "nums", "input"))]  # int(3.7) would be 3
+    target = int(str(column(raw, "target", "output")))
+    if min(numbers, default=-1) < 0:
+        raise ValueError(f"the numbers {numbers} are not what an expression may hold: integers from 0")
+    given = ", ".join(map(str, numbers))
+    return {"prompt": f"{TAGS}\n\n{COUNTDOWN.format(target, given)}", "question": f"{given} -> {target}",
             "answer": str(target), "numbers": numbers}
 
 
 def countdown_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     """1 for an expression that hits the target, 0.1 for one over exactly the given numbers that misses it (or
     divides by zero), else 0. Only integers and binary + - * /: not 2**4, 7//2 or -3."""
-    expression = " ".join(between_tags(text).translate(str.maketrans("×÷−", "*/-")).split())
+    expression = " ".join(plain(between_tags(text)).strip("$").split())
     expression = re.sub(r" ?= ?-?[0-9.]+$", "", expression)  # "30 - 7 = 23"
     nodes = []
     if len(expression) <= 200 and re.fullmatch(r"[0-9+\-*/() ]+", expression):  # "0x1e" is no number here
@@ -345,17 +384,22 @@ def gsm8k_row(raw: dict) -> dict:
     return {"prompt": f"{question}\n{BOXED}", "question": question, "answer": gold}
 
 
+NUMBER = re.compile(r"""[\s(]* ([-+]?) [\s(]* (?=\.?\d) ((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)?(?:\.\d+)?)
+    (?:\s*/\s*([1-9]\d*))? (?:\s*\*\s*10\^\s*([-+]?\d\d?)(?!\d))?  # not 18x, 18 or more, 18 hundredths:
+    (?![a-z]\b|.*(?:\b(?:and|or|plus|minus|half|squared|cubed)\b|(?:dred|sand|lion)th))
+    (?:[a-z](?:\s*\^\s*\d)?|\^?\s*\\circ|[\s.,'"%°/()])*  # a unit""", re.VERBOSE | re.ASCII | re.I)
+
+
 def read_number(text: str) -> Fraction | None:
-    r"""The number behind the last "=" of a text such as "$1,450,000", "-3 apples" or "18\%", exactly. None if
-    there is none or more than one ("1e400"), or it is not written as here ("1,2", other scripts' digits)."""
-    text = re.sub(r"<\|\w*\|>", "", text.rpartition("=")[2]).replace("−", "-").replace("{,}", ",").strip()
-    if len(text) > 100 or any(c.isnumeric() and not c.isascii() for c in text):
-        return None
-    found = re.findall(r"(-[\s$\\({]*)?([.,\d]*\d)", text)
-    if len(found) != 1 or not re.fullmatch(r"([1-9]\d{0,2}(,\d{3})+|\d+)?(\.\d+)?", found[0][1]):
-        return None
-    minus, digits = found[0]
-    return Fraction(digits.replace(",", "")) * (-1 if minus else 1)
+    r"""The number in a text such as "$1,450,000", "10 + 8 = 18", "36/2" or "12\text{ m}^2", exactly. None if
+    there is none or another ("18 or 19", "17 = 18"), or there may be more to it ("x^{18}", "not 18")."""
+    text = plain(re.sub(r"<\|\w*\|>", "", text)) if len(text) <= 200 else ""
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    text = re.sub(r"\\(?:text|math)(?:bf|it|rm)?(?![a-z])|\\(?=[$%])|[{}$€£]", " ", text)
+    found = [NUMBER.fullmatch(side) for side in re.split(r"(?<![!<>])=|\bis\b|(?<=[a-z]):", text)]
+    values = [Fraction(m[1] + m[2].replace(",", "")) / int(m[3] or 1) * Fraction(10) ** int(m[4] or 0)
+              for m in found if m]
+    return values[-1] if found[-1] and len(set(values)) == 1 else None
 
 
 def gsm8k_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
@@ -383,14 +427,30 @@ def math_row(raw: dict) -> dict:
 def math_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     r"""1 if what is in the last \boxed{} equals the answer, by math-verify. What has more than 500 characters
     or needs more than 2 CPU seconds or 1 GiB to judge counts as unreadable."""
-    answer, verdict = boxed(text), 12
-    if answer and len(answer) <= 500:
-        judge = math_judge()
-        judge.stdin.write(json.dumps([row["answer"], answer]) + "\n")
-        judge.stdin.flush()
-        verdict = int(judge.stdout.readline())
+    answer = boxed(text)
+    verdict = judged(row["answer"], answer) if answer and len(answer) <= 500 else 12
     correct = float(verdict == 10)
     return correct, {"correct": correct, "parse_fail": float(verdict not in (10, 11))}
+
+
+DIED = []  # answers of which the judge died
+
+
+def judged(gold: str, answer: str) -> int:
+    """What judge_math says, started again if it died; what it dies of twice is unreadable."""
+    for _ in range(2):
+        try:
+            judge = math_judge()
+            print(json.dumps([plain(gold), plain(answer)]), file=judge.stdin, flush=True)
+            return int(judge.stdout.readline())
+        except (OSError, ValueError, RuntimeError):
+            if not DIED and not math_judge.cache_info().currsize:
+                raise  # it never worked
+        if not DIED:
+            atexit.register(lambda: print(f"math: the judge died {len(DIED)} times", file=sys.stderr))
+        DIED.append(answer)
+        math_judge.cache_clear()
+    return 12
 
 
 @functools.cache
@@ -410,16 +470,29 @@ def math_judge() -> subprocess.Popen:
 def judge_math():
     """For every line [gold, answer] of stdin a child, and a line how it ended: 10 equal, 11 not, 12 it is not
     mathematics, else a limit. What an answer leaves in sympy's caches is gone with its child."""
-    import json, logging, os, resource, sys
+    import json, logging, os, re, resource, sys
+    from dataclasses import replace
+    from functools import partial
 
+    import sympy
     from math_verify import LatexExtractionConfig, parse, verify
 
     def verdict(*pair: str) -> int:
-        latex = [LatexExtractionConfig()]  # and not its expressions outside LaTeX: sympy would eval them
-        gold, answer = (parse(f"\\boxed{{{text}}}", latex, parsing_timeout=None) for text in pair)
-        if verify(gold, answer, timeout_seconds=None):
-            return 10
-        return 12 if all(isinstance(part, str) for part in answer) else 11
+        bases = [re.findall(r"\d_\{?(\d+)", text) for text in pair]  # which math-verify leaves out
+        # not expressions outside LaTeX: sympy would eval them; first_match: nor a part of what it cannot read
+        latex, mode = LatexExtractionConfig(boxed_match_priority=0), "first_match"
+        if re.search(r"(?<![a-zA-Z])[a-z]$", pair[0]):  # 2t: t is no unit
+            latex = replace(latex, normalization_config=replace(latex.normalization_config, units=False))
+        gold, answer = (parse(f"\\boxed{{{text}}}", [latex], mode, mode, None) for text in pair)
+        if all(isinstance(part, str) for part in answer):
+            return 12
+        equal = partial(verify, timeout_seconds=None, float_rounding=12, allow_set_relation_comp=True)
+        chains = [part for part in answer if isinstance(part, (sympy.And, sympy.Eq))]
+        sides = [side for part in chains for eq in part.atoms(sympy.Eq) for side in eq.args if side.is_number]
+        same = sides[:1] if isinstance(gold[0], (sympy.And, sympy.Eq)) else gold
+        if not all(equal(same, side) for side in sides):  # x = 6 = 5, of which verify reads the last
+            return 11
+        return 10 if equal(gold, answer) and bases[1] in ([], bases[0] or ["10"]) else 11
 
     logging.disable()
     # whether it works; and a child that finds warm caches takes 15 ms, not 90
@@ -440,16 +513,15 @@ def judge_math():
 
 def code_row(raw: dict) -> dict:
     """With an entry_point it is HumanEval's, whose tests are not shown; else MBPP's, full or sanitized."""
-    setup = raw.get("test_setup_code") or "\n".join(raw.get("test_imports") or [])
+    setup = raw.get("test_setup_code") or "\n".join(listed(raw.get("test_imports") or []))
     if "entry_point" in raw:
         asked = head = column(raw, "prompt").strip()  # imports, helpers and the function without a body
         shown = f"Complete this function:\n```python\n{asked}\n```"
         tests = split_check(f"{column(raw, 'test')}\n\ncheck({raw['entry_point']})")
     else:
-        asked, head = column(raw, "text", "question", "prompt").strip(), setup
-        tests = column(raw, "test_list")
-        tests = [tests] if isinstance(tests, str) else tests
-        tests = [part for test in tests for part in split_check(test)]
+        asked = column(raw, "text", "question", "prompt").strip()
+        head = f"try:\n exec({setup!r})\nexcept NameError:\n pass  # it names what the program defines"
+        tests = [part for test in listed(column(raw, "test_list")) for part in split_check(test)]
         shown = asked if "assert" in asked else f"{asked}\nYour code should pass:\n" + "\n".join(tests)
     if not tests:
         raise ValueError("no tests")
@@ -458,6 +530,18 @@ def code_row(raw: dict) -> dict:
     return {"prompt": f"{shown}\n{CODE}", "question": asked.partition("\nYour code should pass")[0],
             "answer": tests[0].splitlines()[-1], "head": head,
             "tests": [f"{setup}\n{test}" for test in tests]}  # again: a program may redefine its head
+
+
+def code_free(rows: list[dict]) -> list[bool]:
+    """Which rows reward a program that does nothing: a test passes alone, or all after the head. (Some may: a
+    function of HumanEval without its body returns None.) All in one sandbox; if a test ends it, in halves."""
+    tests = [way for row in rows for test in row["tests"] for way in (test, f"{row['head']}\n{test}")]
+    passed = run_tests("", [*tests, "pass"], timeout=1.0)
+    if not passed[-1] and len(rows) > 1:
+        return code_free(rows[: len(rows) // 2]) + code_free(rows[len(rows) // 2 :])
+    marks = iter(passed)
+    ways = [[(next(marks), next(marks)) for _ in row["tests"]] for row in rows]
+    return [any(alone for alone, _ in row) or all(after for _, after in row) for row in ways]
 
 
 def split_check(code: str) -> list[str]:
@@ -499,9 +583,9 @@ TASKS = {
         "test": lambda: hub("HuggingFaceH4/MATH-500", split="test")}),
     "countdown": Recipe(countdown_row, countdown_reward, draw_text, {"train": countdown_hub},
                         key=lambda row: (row["answer"], *sorted(row["numbers"]))),
-    "mbpp": Recipe(code_row, code_reward, draw_text, {
+    "mbpp": Recipe(code_row, code_reward, draw_text, free=code_free, parallel=True, sources={
         "train": lambda: hub("google-research-datasets/mbpp", "full", split="train"),
-        "test": lambda: hub("google-research-datasets/mbpp", "full", split="test")}, parallel=True),
-    "humaneval": Recipe(code_row, code_reward, draw_text, {
-        "test": lambda: hub("openai/openai_humaneval", split="test")}, parallel=True),
+        "test": lambda: hub("google-research-datasets/mbpp", "full", split="test")}),
+    "humaneval": Recipe(code_row, code_reward, draw_text, free=code_free, parallel=True, sources={
+        "test": lambda: hub("openai/openai_humaneval", split="test")}),
 }

@@ -72,6 +72,18 @@ def test_model_tiny_is_the_base(cache, monkeypatch):
     assert torch.equal(weights(model), weights(load_model(str(base_folder(Settings(**SMALL))))))
 
 
+@pytest.mark.parametrize("change", [
+    {"steps": 0}, {"batch": 0}, {"layers": 0}, {"width": 33}, {"width": 0}, {"width": 16}, {"seed": -1},
+    {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"sloppy": 1.5}, {"sloppy": float("nan")}])
+def test_refused_settings(cache, tmp_path, capsys, change):
+    """One line and exit status 2, before anything is built."""
+    with pytest.raises(SystemExit) as stopped:
+        base_folder(Settings(**SMALL | change))
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.startswith("error: --") and err.count("\n") == 1
+    assert f"--{next(iter(change))}" in err and not any(tmp_path.iterdir())
+
+
 def test_a_failed_build_leaves_no_base(cache, monkeypatch):
     def disk_full(model, folder):
         folder.mkdir()

@@ -63,10 +63,22 @@ def test_gsm8k_golds():
     ("18 \\text{ apples}", 18), ("1,450,000", 1450000), ("1{,}450{,}000", 1450000), ("-3", -3), ("-\\$3", -3),
     ("−3", -3), ("18<|eot_id|>", 18), ("10 + 8 = 18", 18), ("\\text{18}", 18), ("18.", 18),
     (".5", Fraction(1, 2)), ("0.1", Fraction(1, 10)),
-    ("", None), ("apples", None), ("18 = 10 + 8", None), ("18 or 19", None), ("1/2", None),
-    ("\\frac{1}{2}", None), ("1,2", None), ("1,45", None), ("0,500", None), ("1.450.000", None),
-    ("1e400", None),
-    ("1e5", None), ("１８", None), ("1８", None), ("٣", None), ("18½", None), ("18²", None), ("0x12", None),
+    ("36/2", 18), ("\\frac{36}{2}", 18), ("1/2", Fraction(1, 2)), ("-\\frac{6}{2}", -3),
+    ("12\\text{ m}^2", 12), ("12 \\text{m}^{2}", 12), ("12 m²", 12), ("60 \\text{ km/h}", 60),
+    ("18^\\circ", 18),
+    ("1\\,450\\,000", 1450000), ("1,\\!450,\\!000", 1450000), ("1 450 000", 1450000),
+    ("1.45 million", 1450000), ("\\$1.45\\text{ million dollars}", 1450000), ("18 thousand", 18000),
+    ("1.8e1", 18), ("1.8 \\times 10^{1}", 18), ("180e-1", 18), ("1e5", 100000), ("–3", -3),
+    ("-\\text{3}", -3),
+    ("The answer is 18.", 18), ("Total: $18", 18), ("18 = 18.0", 18), ("18 months", 18),
+    ("", None), ("apples", None), ("18 = 10 + 8", None), ("18 or 19", None), ("18, 19", None),
+    ("18 million = 18", None), ("17 = 18", None), ("36/2 = 17", None), ("18 hundredths", None),
+    ("\\sqrt{18}", None), ("x^{18}", None), ("18^2", None), ("18_3", None), ("18!", None), ("18\\pi", None),
+    ("18\\sqrt{2}", None), ("18x", None), ("18k", None), ("1\\,8", None), ("3:18", None), ("17-18", None),
+    ("not 18", None), ("\\text{not }18", None), ("\\neq 18", None), ("!= 18", None), (">= 18", None),
+    ("18 or more", None), ("18 and a half", None), ("--3", None), ("18/0", None), ("\\binom{1}{8}", None),
+    ("1,2", None), ("1,45", None), ("0,500", None), ("1.450.000", None), ("1e400", None), ("1e-400", None),
+    ("１８", None), ("1８", None), ("٣", None), ("18½", None), ("18²", None), ("0x12", None),
     ("1_000", None), ("nan", None), ("inf", None), ("9" * 5000, None), ("." * 5000, None),
 ])
 def test_which_numbers_are_read(text, value):
@@ -138,7 +150,19 @@ def test_math_golds():
     ("\\sqrt{8}", "2\\sqrt2", True), ("5", "x = 5", True), ("1,2", "2, 1", True), ("90^\\circ", "90", True),
     ("\\text{Evelyn}", "\\text{Carla}", False), ("(1,2)", "(2,1)", False), ("p - q", "q - p", False),
     ("3", "3, 4", False), ("3", "3 \\text{ or } 4", False), ("\\frac{1}{3}", "0.33", False),
-    ("3", "\\infty", False)])
+    ("3", "\\infty", False),
+    ("\\frac{1}{2}", "0.50000001", False), ("0.3", "0.1+0.2", True), ("1011_2", "1011_3", False),
+    ("5", "\\[5\\]", True), ("28", "28_2", False), ("28", "28_{10}", True), ("1011_2", "1011_{2}", True),
+    ("1011_2", "1011", True), ("2k", "9 = 2k", False), ("2k", "x = 2k", True),
+    ("2x+3y=7", "2x + 3y = 7", True),
+    ("7\\pi", "7\\pi\\text{ thousand}", False), ("5", "6=5", False), ("5", "10-5=5", True),
+    ("x=5", "x=6=5", False), ("5", "6=x=5", False), ("0.5", "x = \\frac12 = 0.5", True),
+    ("x=5,y=6", "x = 5, y = 6", True), ("1000000", "1e6", True), ("1000000", "1\\,000\\,000", True),
+    ("[0,1)", "0\\le x<1", True), ("[0,1)", "0\\le x\\le 1", False), ("-3", "–3", True), ("12", "12.", True),
+    ("18", "18\\text{ million}", False), ("18000000", "18\\text{ million}", True),
+    ("12", "12\\text{ cm}^2", True), ("2t", "2", False), ("2t", "2h", False), ("2t", "2\\cdot t", True),
+    ("\\begin{pmatrix}1\\\\200\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 200 \\end{pmatrix}", True),
+    ("\\begin{pmatrix}1\\\\200\\end{pmatrix}", "1200", False)])
 def test_math_is_not_string_equality(gold, answer, correct):
     row = {"answer": gold}
     assert math_reward(f"\\boxed{{{answer}}}", row) == (float(correct), RIGHT if correct else WRONG)
@@ -149,6 +173,14 @@ def test_math_is_not_string_equality(gold, answer, correct):
                                   "\\boxed{" + "1+" * 300 + "2}"])
 def test_math_unreadable(text):
     assert math_reward(text, {"answer": "3"}) == (0.0, UNREADABLE)
+
+
+@pytest.mark.parametrize("gold, answer", [
+    ("\\frac{1}{2}", "])\\frac{1}{2}|99"), ("\\frac{1}{2}", "\\frac{1}{2}x^"), ("5", "the answer is $5$ ?"),
+    ("5", "? \\[5\\]")])
+def test_math_reads_all_of_the_box(gold, answer):
+    """math-verify looks for something it can read: a fraction in nonsense was an answer."""
+    assert math_reward(f"\\boxed{{{answer}}}", {"answer": gold})[0] == 0
 
 
 def test_math_does_not_hang():
@@ -166,9 +198,31 @@ def test_math_does_not_hang():
 
 
 def test_math_verify_that_does_not_work_is_told(monkeypatch):
+    tasks.math_judge.cache_clear()
+    monkeypatch.setattr(tasks, "DIED", [])
     monkeypatch.setattr(tasks.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="pip install"):
-        tasks.math_judge.__wrapped__()
+        math_reward("\\boxed{3}", {"answer": "3"})
+
+
+def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
+    """And an answer of which it dies again, or after which none starts, scores 0; no run ends for it."""
+    row, said = {"answer": "3"}, []
+    monkeypatch.setattr(tasks, "DIED", [])
+    monkeypatch.setattr(tasks.atexit, "register", said.append)
+    assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
+    tasks.math_judge().kill()
+    tasks.math_judge().wait()
+    assert math_reward("\\boxed{2+1}", row) == (1.0, RIGHT) and len(tasks.DIED) == 1
+    with monkeypatch.context() as patch:
+        for executable in ("true", "/nowhere"):
+            patch.setattr(tasks.sys, "executable", executable)
+            tasks.math_judge.cache_clear()
+            assert math_reward("\\boxed{3}", row) == (0.0, UNREADABLE)
+    assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
+    assert capfd.readouterr() == ("", "")
+    assert len(said) == 1 and said[0]() is None
+    assert capfd.readouterr() == ("", "math: the judge died 5 times\n")
 
 
 # -------------------------------------------------------------------------------------------------- countdown
@@ -237,6 +291,15 @@ def test_countdown_golds():
     ([3, 5], 8, "３+5", 0.0, 1.0),
     ([3, 5], 8, "3+5 #", 0.0, 1.0),
     ([3, 5], 8, "3+", 0.0, 1.0),
+    ([3, 5], 15, "3 \\times 5", 1.0, 0.0),
+    ([3, 5], 15, "$3 \\cdot 5 = 15$", 1.0, 0.0),
+    ([6, 3], 2, "6 \\div 3", 1.0, 0.0),
+    ([3, 5], 8, "\\(3+5\\)", 1.0, 0.0),
+    ([3, 5], 8, "`3+5`", 1.0, 0.0),
+    ([3, 5], 8, "```python\n3+5\n```", 1.0, 0.0),
+    ([3, 5], 8, "3+5.", 1.0, 0.0),
+    ([3, 5], 8, "3+5 = 8.", 1.0, 0.0),
+    ([3, 5], 2, "5 – 3", 1.0, 0.0),
     ([3, 5], 8, "", 0.0, 1.0),
     ([3, 5], 8, "the sum", 0.0, 1.0),
     ([3, 5], 8, "(" * 90 + "3" + ")" * 90 + "+5", 1.0, 0.0),
@@ -279,6 +342,8 @@ def test_sudoku_in_words_pays_as_in_digits():
             assert chat.reward(reasoned, words) == expected
             assert chat.reward(f"<answer>{gold}</answer>, no: <answer>{board}</answer>", words) == expected
             assert chat.reward(board, words) == (0.0, UNREADABLE)
+            for fenced in (f"```\n{board}\n```", f"```text\n{board}\n```", f"`{board}`"):
+                assert chat.reward(f"<answer>\n{fenced}\n</answer>", words) == expected
             seen.add((expected[0] == 1, expected[0] == 0, expected[1]["parse_fail"]))
         assert compact.reward(gold, row) == (1.0, RIGHT)
         assert compact.draw(gold, row) == chat.draw(f"<answer>{gold}</answer>", words)
@@ -454,6 +519,80 @@ def test_a_program_cannot_change_what_a_test_sets_up():
 def add(pair):
     return pair.a + pair.b if type(pair) is Pair else 0"""
     assert code_reward(block(cheat), row) == (0.5, WRONG)  # 0 is right once; 1.0 if Pair were its own
+
+
+TREE = MBPP | {"text": "Write a tree and its depth.",
+               "test_setup_code": "root = Node(1)\nroot.left = Node(2)",
+               "test_list": ["assert depth(root) == 2", "assert depth(root.left) == 1"]}
+NODE = """class Node:
+    def __init__(self, data):
+        self.data, self.left, self.right = data, None, None
+def depth(node):
+    return 1 + max(depth(node.left), depth(node.right)) if node else 0"""
+
+
+def test_a_set_up_may_use_what_the_program_defines():
+    """MBPP's 367 and 927; and as before, a program may use what the set-up defines."""
+    row = code_row(TREE)
+    assert code_reward(block(NODE), row) == (1.0, RIGHT)
+    assert code_reward(block(NODE.replace("1 + max", "0 * max")), row) == (0.0, WRONG)
+    assert code_reward(block("root = 1"), row) == (0.0, WRONG)
+    row = code_row({"text": "Pi?", "test_imports": "['import math']",
+                    "test_list": "['assert f(1) > math.pi']"})
+    assert code_reward(block("def f(x):\n    return x + math.pi"), row) == (1.0, RIGHT)
+
+
+@pytest.mark.parametrize("tests", [MBPP["test_list"], str(MBPP["test_list"]), json.dumps(MBPP["test_list"])])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_tests_that_a_column_holds_as_text(tmp_path, suffix, tests):
+    """A list that arrives as text was one test that never fails: every program earned 1.0."""
+    raws = [MBPP | {"test_list": tests, "text": f"Add {i}."} for i in range(4)]
+    row = load("mbpp", chat=True, data=write(tmp_path / f"data{suffix}", raws)).test[0]
+    assert row["tests"] == [f"{MBPP['test_setup_code']}\n{test}" for test in MBPP["test_list"]]
+    assert code_reward(block("pass"), row) == (0.0, WRONG)
+
+
+def test_numbers_that_a_column_holds_as_text(tmp_path):
+    for text in ("[3, 7, 2]", "(3, 7, 2)", "3, 7, 2", "3,7,2"):
+        raws = [{"nums": text, "target": i} for i in (1, 2)]
+        row = load("countdown", chat=True, data=write(tmp_path / "data.csv", raws)).test[0]
+        assert row["numbers"] == [3, 7, 2]
+
+
+FREE = "row 1: its tests pass for a program that does nothing"
+
+
+@pytest.mark.parametrize("name, change", [
+    ("mbpp", {"test_list": ["['assert add(1) == 2']"]}), ("mbpp", {"test_list": ["pass", "assert f() == 2"]}),
+    ("mbpp", {"test_list": ["x = 3"]}), ("mbpp", {"test_list": ["assert add(1)", "# none"]}),
+    ("mbpp", {"test_list": ["try:\n    add(1)\nexcept NameError:\n    pass"]}),
+    ("humaneval", {"prompt": HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]}),  # it is all there
+    ("humaneval", {"test": "def check(candidate):\n    pass"})])
+def test_rows_that_reward_a_program_that_does_nothing(tmp_path, name, change):
+    raw = (MBPP if name == "mbpp" else HUMANEVAL) | change
+    with pytest.raises(ValueError, match=FREE):
+        load(name, chat=True, test_data=write(tmp_path / "data.json", [raw]), train=False)
+
+
+def test_tests_that_a_body_of_none_passes_are_not_free(tmp_path):
+    """Some of HumanEval's rows have one. And a test may end the sandbox they are looked at in, or hang."""
+    test = "def check(candidate):\n    assert candidate(0) is None\n    assert candidate([1]) == [2]"
+    raws = [HUMANEVAL | {"test": test}, HUMANEVAL]
+    raws += [HUMANEVAL | {"test": "def check(candidate):\n    " + code}
+             for code in ("import os; os._exit(0)", "while True: pass")]
+    task = load("humaneval", chat=True, test_data=write(tmp_path / "data.json", raws), train=False)
+    assert len(task.test) == 4
+    assert tasks.code_free(task.test) == [False] * 4
+    free = code_row(MBPP | {"test_list": ["pass"]})
+    assert tasks.code_free([*task.test, free, *task.test]) == [False] * 4 + [True] + [False] * 4
+
+
+@needs_data
+def test_no_test_of_mbpp_is_free():
+    """`published` looks at them too; this says how long it takes: 1 s would be 20 times what it does."""
+    rows, start = published("mbpp"), time.perf_counter()
+    assert not any(tasks.code_free(rows * 2))
+    assert len(rows) == 498 and time.perf_counter() - start < 10
 
 
 def test_sanitized_mbpp_rows():
@@ -696,7 +835,28 @@ def test_prompts():
         assert row["prompt"].count("assert") == 1 and row["prompt"].endswith(CODE)
 
 
+def test_a_few_rows_that_cannot_be_used_are_dropped(tmp_path, capsys):
+    """And told, in one line; of more than 1 % the file is refused."""
+    raws = [{"problem": f"What is {i}?", "answer": f"{i}"} for i in range(300)]
+    raws[7]["answer"], raws[9]["problem"], raws[11]["answer"] = "", None, "\ud800"
+    file = write(tmp_path / "data.json", raws)
+    task = load("math", chat=True, test_data=file, train=False)
+    assert len(task.test) == 297
+    assert capsys.readouterr().out == (f"{file}: 3 of 300 rows dropped, the first is row 8: no column "
+                                       "ground_truth_answer or answer or solution; it has problem\n")
+    raws[13]["answer"] = " "
+    with pytest.raises(ValueError, match=r"row 8: .* \(4 of 300 rows cannot be used\)$"):
+        load("math", chat=True, test_data=write(tmp_path / "data.json", raws), train=False)
+
+
 @pytest.mark.parametrize("name, content, message", [
+    ("data.json", '[{"question": "What?", "answer": %s}]' % ("9" * 5000), "cannot read .*4300 digits"),
+    ("data.jsonl", '{"question": "What?", "answer": %s}' % ("9" * 5000), "line 1: .*4300 digits"),
+    ("data.json", "[" * 10**5, "cannot read .*recursion"),
+    ("data.jsonl", "[" * 10**5, "cannot read .*line 1: .*recursion"),
+    ("data.json", '[{"question": "What\\ud800?", "answer": "3"}]', "row 1: .*surrogates not allowed"),
+    ("data.json", '[{"question": " ", "answer": "3"}]', "row 1: no column question; it has answer"),
+    ("data.csv", "question,answer\nWhat?," + "9" * 5000 + "\n", r"row 1: the answer \[...\] \(1 of 1 rows"),
     ("data.json", None, "cannot read .*data.json: .*No such file"),
     ("data.txt", "x", "cannot read .*data.txt: it must be a .json .*, .jsonl or .csv file"),
     ("data.json", "", "data.json is empty"),
@@ -718,7 +878,7 @@ def test_refused_files(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as refusal:
         load("gsm8k", chat=True, data=str(tmp_path / name))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
 
 
 @pytest.mark.parametrize("name, raw, message", [
@@ -727,7 +887,20 @@ def test_refused_files(tmp_path, name, content, message):
     ("sudoku", {"Puzzle": "0140432014020000", "Solution": "2133432114323214"}, "does not fill in"),
     ("sudoku", {"Puzzle": "2143432114323214", "Solution": "2143432114323214"}, "does not fill in"),
     ("countdown", {"input": "3,x,4", "output": "5"}, "row 1: invalid literal"),
-    ("countdown", {"nums": 3, "target": 5}, "row 1: .*not iterable"),
+    ("sudoku", {"Puzzle": "0" * 16, "Solution": "1" * 16}, "does not fill in"),
+    ("sudoku", {"Puzzle": "0" * 16, "Solution": "1234" * 4}, "does not fill in"),  # rows alone
+    ("sudoku", {"Puzzle": "0" * 16, "Solution": "1234234134124123"}, "does not fill in"),  # but for boxes
+    ("countdown", {"nums": [1, 2], "target": 3.7}, "row 1: invalid literal .*3.7"),
+    ("countdown", {"nums": [1, 2.5], "target": 3}, "row 1: invalid literal .*2.5"),
+    ("countdown", {"nums": [1, -2], "target": 3}, "row 1: .*integers from 0"),
+    ("countdown", {"nums": [], "target": 3}, "row 1: .*integers from 0"),
+    ("countdown", {"nums": [1, 2], "target": "9" * 5000}, "row 1: .*4300 digits"),
+    ("countdown", {"nums": [[1, 2]], "target": 3}, "row 1: invalid literal"),
+    ("countdown", {"nums": "[" * 2000, "target": 3}, "row 1: "),
+    ("mbpp", {"text": "What?", "test_list": "[" * 2000}, "row 1: "),
+    ("mbpp", {"text": "What?", "test_list": ["assert " + "(" * 2000]}, "row 1: "),
+    ("mbpp", {"text": "What?", "test_list": ["assert f() == '\ud800'"]}, "row 1: .*surrogates"),
+    ("mbpp", {"text": "What?", "test_list": [1]}, "row 1: "),
     ("countdown", {"target": 5}, "no column numbers or nums or input; it has target"),
     ("math", {"problem": "What?", "solution": "It is 3."}, "no .boxed"),
     ("math", {"problem": "What?", "answer": " "}, "row 1"),
