@@ -143,6 +143,8 @@ def train(args: Args) -> float:
     """One run; returns the held-out accuracy at its end."""
     if not 1 <= args.K <= args.S:
         refuse(f"--K {args.K} must be from 1 to S = {args.S}")
+    if args.eps_lo > 1:
+        refuse("--eps_lo must be at most 1: a ratio is never below 0")
     # <frozen: setup>
     model, task = setup(args)
     if args.eval_only:

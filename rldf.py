@@ -125,8 +125,8 @@ def train(args: Args) -> float:
     S = args.L if args.threshold else args.S  # most steps a row can take
     if not 1 <= args.K <= S:
         refuse(f"--K {args.K} must be at least 1 and at most {S}, the steps a row can take")
-    if args.tau <= 0 or args.threshold > 1:
-        refuse("--tau must be above 0 and --threshold at most 1")
+    if args.tau <= 0 or args.threshold > 1 or args.eps > 1:
+        refuse("--tau must be above 0, --threshold and --eps at most 1")
     if args.threshold and args.order == "random":
         refuse("--order random has no probability to compare with a threshold: use --threshold 0")
     # <frozen: setup>

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,10 @@ def check(args, method: str):
             refuse(f"--{name} must be a finite number, at least 0")
     if args.G < 2:
         refuse("--G must be at least 2: an advantage compares the samples of one prompt")
-    if args.updates < 0 or args.temperature <= 0:
-        refuse("--updates must be at least 0 and --temperature above 0: rollouts have to explore")
+    if args.updates < 0 or not 0.01 <= args.temperature <= 100:
+        refuse("--updates must be at least 0 and --temperature from 0.01 to 100: rollouts have to explore")
+    if args.grad_norm == 0 or args.eval_threshold > 1:
+        refuse("--grad_norm must be above 0, and --eval_threshold is a probability, at most 1")
     if args.prompts % args.minibatches:
         refuse(f"--minibatches {args.minibatches} must divide --prompts {args.prompts}: groups stay whole")
     if args.L % args.block:
@@ -120,8 +123,10 @@ def check(args, method: str):
     if out.exists() and not (out.is_dir() and args.eval_only or args.resume):
         refuse(f"{out} exists: go on with --resume {out}, or choose another --out")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        refuse(f"--out {out}: {there} is no folder that can be written to")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        refuse(f"--out {out} cannot be written to: {one_line(error)}")
     return args
 
 

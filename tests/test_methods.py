@@ -68,12 +68,13 @@ def same_run(a: Path, b: Path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path):
+def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path, with_a_gradient):
     four, two = tmp_path / "four", tmp_path / "two"
     launch(method, "--model", folder, *SMALL, "--updates", 4, "--out", four)
     launch(method, "--model", folder, *SMALL, "--updates", 2, "--out", two)
     launch(method, "--resume", two, "--updates", 4)
     same_run(four, two)
+    assert max(row.get("grad_norm", 0) for row in lines(four)) > 0
     other = tmp_path / "other-seed"
     launch(method, "--model", folder, *SMALL, "--updates", 4, "--seed", 4, "--out", other)
     assert lines(other) != lines(four)
@@ -102,8 +103,9 @@ def complete_lines(file: Path) -> list[dict]:
 
 def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    launch("egspo", "--model", folder, *SMALL, "--updates", 12, "--save_every", 3, "--out", whole)
-    process = start("egspo", "--model", folder, *SMALL, "--updates", 12, "--save_every", 3, "--out", killed)
+    argv = ["--model", folder, *SMALL, *"--updates 12 --save_every 3 --beta 1".split()]  # the KL moves it
+    launch("egspo", *argv, "--out", whole)
+    process = start("egspo", *argv, "--out", killed)
     wait_for_update(killed, 4, process)
     process.kill()
     process.communicate()
@@ -114,6 +116,7 @@ def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):
     (killed / "state.tmp").write_bytes(b"half a checkpoint")
     launch("egspo", "--resume", killed)
     same_run(whole, killed)
+    assert max(row.get("grad_norm", 0) for row in lines(whole)) > 0
 
 
 def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(folder, tmp_path):
@@ -132,7 +135,7 @@ def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(folder, tmp_path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys):
+def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys, with_a_gradient):
     out = tmp_path / "run"
     accuracy = launch(method, "--model", folder, *SMALL, "--updates", 3, "--out", out)
     printed = capsys.readouterr().out
@@ -171,16 +174,22 @@ BAD = {
     "--temperature 0": "explore",
     "--updates -1": "at least 0",
     "--lr nan": "lr",
+    "--temperature 1e-30": "explore",
+    "--temperature 1e30": "explore",
+    "--grad_norm 0": "above 0",
+    "--eval_threshold 2": "at most 1",
     "--resume /nowhere": "no run",
 }
-BAD_OF = {
-    "rldf": {"--K 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--masks": "masks",
-             "--order random": "threshold"},
+
+
+             "--masks": "masks",             "--order random": "threshold"},
     "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--beta -1": "at least 0"},
     "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
     "egspo": {
         "--K 0": "from 1 to",
         "--K 9": "from 1 to",
+        "--eps_lo 2": "at most 1",
+        "--baseline mean": "rank",
         "--select best": "entropy",
         "--order left": "top_prob",
         "--minibatches 3": "divide",

@@ -4,7 +4,6 @@ Weights are random and tiny, so nothing is learned; layouts, tokenizers, chat te
 are the real ones."""
 
 import csv
-import dataclasses
 import importlib
 import json
 import shutil
@@ -21,7 +20,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 import common
 import models
 import run
-import tasks
 
 QUESTIONS = [f"What is {a} plus {a + 1}?" for a in range(20)]
 BOARDS = ["0140432014020000,2143432114323214", "3102200002100320,3142243142131324"]
@@ -57,23 +55,6 @@ def data(tmp_path_factory) -> dict[str, str]:
 # Every method with every layout; the tasks take turns, so that each meets every method.
 RUNS = [(method, layout, list(ROWS)[(m + i) % 5]) for m, method in enumerate(METHODS)
         for i, layout in enumerate(LAYOUTS)]
-
-
-@pytest.fixture
-def with_a_gradient(monkeypatch):
-    """Random weights earn nothing: a number that depends on the text is added to each real reward."""
-    real = tasks.load
-
-    def load(name, **options):
-        task = real(name, **options)
-
-        def reward(text: str, row: dict):
-            total, parts = task.reward(text, row)
-            return total + sum(map(ord, text)) % 7 / 6, parts
-
-        return dataclasses.replace(task, reward=reward)
-
-    monkeypatch.setattr(tasks, "load", load)
 
 
 @pytest.mark.parametrize("method, layout, task", RUNS)
