@@ -53,7 +53,7 @@ class Args(Flags):
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)
-    baseline: Literal["rank", "step"] = "rank"  # of the stepwise part: mean at the same rank (paper), or step
+    baseline: Literal["rank", "step"] = "step"  # group mean at the same denoising step, or rank (paper)
     lam: float = 0.5  # lambda, weight of the stepwise advantage (paper: 0.5); 0 is EGSPO
     eps_lo: float = 0.2  # lower clip (paper: 0.2)
     eps_hi: float = 0.5  # upper clip (paper: 0.5)

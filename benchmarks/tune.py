@@ -1,9 +1,9 @@
 """The one protocol of tuning: the same grid for every method, on Sudoku solutions kept out of RL.
 
-Boards of 48 of the 228 training solutions are evaluated, those of the other 180 trained on; the held-out 60 are not
-looked at. The grid is a half of lr x G x minibatches x prompts, two levels each (in each pair of factors all four
-combinations occur twice); seed 11 for all, then seed 12 for the three best of a method. A run is a process with one
-thread; one that is in results/tuning.jsonl is not repeated.
+Boards of 48 of the 228 training solutions are evaluated, those of the other 180 trained on; the held-out 60
+are not looked at. The grid is a half of lr x G x minibatches x prompts, two levels each (of each pair of factors
+all four combinations occur twice); seed 11 for all, then seed 12 for the three best of a method. A run is a
+process with one thread; one that is in results/tuning.jsonl is not repeated.
 
 python benchmarks/tune.py [jobs]        as many at a time; about 45 minutes with 2 on 2 cores
 """
@@ -59,7 +59,7 @@ def launch(method: str, grid: str, seed: int, data: str, folder: Path):
     out = folder / command.replace(" ", "")
     argv = [sys.executable, *f"{command} {data} --out {out}".split()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(argv, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(argv, cwd=ROOT, env=env, check=True, capture_output=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     curve = [[line["update"], round(100 * line["eval_accuracy"], 1)] for line in lines if "eval_reward" in line]
     last = [line for line in lines if "loss" in line][-1]
@@ -68,7 +68,7 @@ def launch(method: str, grid: str, seed: int, data: str, folder: Path):
            "commit": git_commit()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{method:10} {grid} --seed {seed}: {curve[0][1]} -> {curve[-1][1]} in {last['seconds']:.0f} s", flush=True)
+    print(f"{method:10} {grid} {seed}: {curve[0][1]} -> {curve[-1][1]}, {last['seconds']:.0f} s", flush=True)
 
 
 def tune(jobs: int):

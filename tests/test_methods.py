@@ -180,9 +180,9 @@ BAD = {
     "--eval_threshold 2": "at most 1",
     "--resume /nowhere": "no run",
 }
-
-
-             "--masks": "masks",             "--order random": "threshold"},
+BAD_OF = {
+    "rldf": {"--K 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--masks": "masks",
+             "--order random": "threshold", "--eps 2": "at most 1"},
     "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--beta -1": "at least 0"},
     "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
     "egspo": {
