@@ -6,23 +6,29 @@ steps at which the model was least certain are evaluated:
 
     loss = (1 / B K n) sum over rows b, kept steps s of [-min(rho A, clip(rho, 1 - lo, 1 + hi) A) + beta k3]
     rho  = exp(l - l_old),   l(b, s) = sum over the tokens revealed at s of log p(token | canvas before s)
-    A    = ret - mean over the group of ret at the same rank,   ret = (R + lambda (R - r_s)) / (1 + lambda)
+    A    = (R - mean R) - lambda / (1 + lambda) (r_s - mean r_s)
 
-r_s is the reward of the greedy one-step completion of the canvas before s ("stepwise advantage", SA); with
-lambda = 0 it is EGSPO. A rank is a step's place among the row's kept steps, highest entropy first.
+R is the reward of the row, r_s that of the greedy one-step completion of its canvas before s ("stepwise
+advantage", SA; with lambda = 0 it is EGSPO). The mean of R is over the group, that of r_s over the group's
+rows that kept the same denoising step. `--baseline rank` takes both over the rows at the same rank, a step's
+place among the row's kept ones, highest entropy first: the paper's, ret = (R + lambda (R - r_s)) / (1 +
+lambda) minus its mean.
 
-The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs the choice of positions to depend on the state
-alone: `order` top_prob or random. With `confidence`, LLaDA's rule, the positions depend on the sampled tokens
-and it does not hold (tests/test_egspo.py enumerates both). K < S picks steps by looking at the finished row,
-which biases the gradient by design; K = S does not.
+The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs three things; tests/test_egspo.py enumerates
+all: positions chosen by the state alone, `order` top_prob or random (with `confidence`, LLaDA's rule, they
+depend on the sampled tokens); K = S (fewer are picked by looking at the finished row: a bias by design); and
+a baseline that knows nothing of the row's future, lambda = 0 or `step` (a rank is known only once the row is
+finished).
 
-Differences from the authors' released code: sampled and scored at one temperature (theirs: T 0.9 and T 1);
-KL by k3 (their exact_kl in mean mode is too small by n V); nothing of size V is stored (theirs: (S, B, n, V)
+Differences from the authors' released code: sampled and scored at one temperature (theirs: T 0.9 and T 1); KL
+by k3 (their exact_kl in mean mode is too small by n V); nothing of size V is stored (theirs: (S, B, n, V)
 probabilities, for the entropies alone); canvases are scored in batches (theirs: one by one); every prompt
 drawn is used (theirs: one batch of eight).
-Differences from the paper: lambda is constant, as in the released code (paper: lambda_t); positions by order
-`top_prob` (LLaDA's rule: `confidence`); full fine-tuning, no LoRA; minibatches; small-batch defaults for
-the tiny model, the paper's beside them and in LLM.
+Differences from the paper: lambda is constant, as in the released code (paper: lambda_t); the baseline of r_s
+(theirs: rank); positions by order `top_prob` (LLaDA's rule: `confidence`); full fine-tuning, no LoRA;
+minibatches; small-batch defaults for the tiny model, the paper's beside them and in LLM. Without a KL, pairs
+of advantage 0 are not evaluated, and minibatches without any other make no optimizer step (AdamW would go on
+by momentum and decay).
 
 python egspo.py                        4x4 Sudoku, 28 to 64 % solved in 4.3 minutes of RL on 2 CPU cores
 python egspo.py --lam 0                EGSPO without the stepwise advantage

@@ -15,7 +15,11 @@ the pairs are drawn once per rollout and kept for c_old, c_ref and every pass.
 Differences from the authors' released code: it centres the logits and then calls cross_entropy, whose softmax
 undoes the centring exactly; its policy term is clamped to +-4e-4, so from the second of 8 passes on its
 gradient is zero (no clamp here: the square stops at its target by itself); masks repeat after 51-76 rollouts;
-its policy term sums over masks while the KL averages; padding is seen and tokens behind the EOS count.
+its policy term sums over masks while the KL averages; it draws fresh masks for each pass (ours keeps one
+set); padding is seen and tokens behind the EOS count. Its psi and beta do not carry over: for the variant
+without TLC, its loss at (psi, beta) is num_mc / 4 times ours at (2 psi, beta L / (2 num_mc)), so its recipe,
+psi 10 and beta 1e-3 with L 256 and num_mc 2, is psi 20 and beta 0.064 here, as in LLM (TLC has no halving:
+psi 10).
 Differences from the paper: minibatches; small-batch defaults for the tiny model, the paper's beside them
 (paper: L = S = 256, block 32, T 1, G 16).
 
@@ -47,8 +51,8 @@ class Args(Flags):
     updates: int = 60  # rollouts, each with its optimizer steps
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     num_mc: int = 2  # mask pairs per row (paper: 2)
-    psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10)
-    beta: float = 0.0  # weight of the reference (paper: 1e-3); 0: no reference model
+    psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10; see above)
+    beta: float = 0.0  # weight of the reference (paper: 1e-3; see above); 0: no reference model
     passes: int = 2  # mu, passes per rollout (paper: 8)
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
@@ -58,7 +62,7 @@ class Args(Flags):
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(
     prompts=2, G=16, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, psi=10.0, beta=1e-3, passes=8, lr=3e-6,
+    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, psi=20.0, beta=0.064, passes=8, lr=3e-6,
     grad_norm=0.2)
 
 

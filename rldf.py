@@ -16,9 +16,13 @@ before the first. The bias towards surprising steps is intended: no importance w
 Differences from the authors' released code: the tail behind an EOS is hidden as the sampler had it (theirs is
 visible from the second step on, which gives the length of the answer away); the weights use the sampler's
 log-probs (for Dream theirs are uniform); rollouts and training run the same network (theirs: an approximate
-prefix cache in rollouts); a row decoded in one step learns too. Their MATH training set contains 248 of the
-500 MATH500 questions, and sys.exit() passes their code tests.
+prefix cache in rollouts); a row decoded in one step learns too; one normaliser for all canvases of a
+minibatch (theirs: one for each of the K columns and each device, gradients at cosine 0.92 to 1 with ours); a
+first EOS is scored also where EOS is the padding token (theirs scores no padding token, and never trains it);
+random canvases hide each token with probability 0.3 (theirs: exactly that share). Their MATH training set
+contains 248 of the 500 MATH500 questions, and sys.exit() passes their code tests.
 Differences from the paper: minibatches; small-batch defaults for the tiny model (LLM has the paper's).
+Without a KL, a minibatch of advantages 0 makes no optimizer step (AdamW would go on by momentum and decay).
 
 python rldf.py                         4x4 Sudoku, 28 to 57 % solved in 3.1 minutes of RL on 2 CPU cores
 python rldf.py --select uniform        the ablations: uniform steps; --p_min 0: no clipping of the clean

@@ -1,12 +1,11 @@
 """The plumbing the four methods share; nothing here is about a method.
 
 In order: flags and their checks; model and task of the command line; evaluation; a run with its folder,
-checkpoints, clock and log; the report and the plot.
+checkpoints, clock and log. The table, the boards and the curve at its end are in report.py.
 """
 
 import argparse
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 import tasks
 from common import Denoiser, Rollout, Task, denoise, encode, one_line, refuse, reward_rows
+from report import plot, print_report
 
 
 @dataclass
@@ -171,28 +171,21 @@ def load_task(args, model: Denoiser) -> Task:
 # --------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model: Denoiser, task: Task, args, threshold: float | None = None) -> tuple[dict, list[tuple]]:
-    """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics, and of each row
-    the text and whether it is correct.
-
-    Fixed S; or, as a second opinion, adaptive decoding with a `threshold` (see denoise)."""
+def evaluate(args, model: Denoiser, task: Task) -> tuple[dict, list[tuple]]:
+    """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics, eval_* of fixed
+    S and threshold_* of adaptive decoding, and of each row the text and whether it is correct (fixed S)."""
     prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test])
-    roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0,
-                   threshold=threshold, budget=args.budget)
-    reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
-    answers = list(zip(texts, parts["correct"].tolist(), strict=True))
-    means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
-    metrics = {name: values.double().mean().item() for name, values in means.items()}
-    return metrics | {"nfe_per_row": roll.nfe / len(task.test)}, answers
-
-
-def evaluation(model: Denoiser, task: Task, args) -> tuple[dict, list[tuple]]:
-    """An evaluation as it is logged: keys eval_*, and threshold_* for adaptive decoding."""
-    fixed, answers = evaluate(model, task, args)
-    metrics = {f"eval_{k}": v for k, v in fixed.items()}
-    if args.eval_threshold:
-        adaptive, _ = evaluate(model, task, args, args.eval_threshold)
-        metrics |= {f"threshold_{k}": v for k, v in adaptive.items()}
+    metrics, answers = {}, []
+    for kind, threshold in (("eval", None), ("threshold", args.eval_threshold)):
+        if threshold == 0:
+            continue
+        roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0,
+                       threshold=threshold, budget=args.budget)
+        reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
+        answers = answers or list(zip(texts, parts["correct"].tolist(), strict=True))
+        means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
+        metrics |= {f"{kind}_{name}": values.double().mean().item() for name, values in means.items()}
+        metrics[f"{kind}_nfe_per_row"] = roll.nfe / len(task.test)
     return metrics, answers
 
 
@@ -200,9 +193,9 @@ def evaluate_only(args, model: Denoiser, task: Task) -> float:
     """--eval_only: print the report of the model as it is, add it with every setting and answer to
     evals.jsonl; returns the held-out accuracy."""
     out, update = Path(args.out), 0
-    if (out / "state.pt").is_file():
+    if args.resume and (out / "state.pt").is_file():
         update = load_state(out, model)["update"]
-    metrics, answers = evaluation(model, task, args)
+    metrics, answers = evaluate(args, model, task)
     print_report(task, args, {f"update {update}": metrics}, answers)
     out.mkdir(parents=True, exist_ok=True)
     on_gpu = model.device.type == "cuda"
@@ -346,7 +339,7 @@ class Run:
     def evaluate(self):
         """Evaluate and log; the run's clock stands still meanwhile."""
         begin = time.perf_counter()
-        metrics, self.answers = evaluation(self.model, self.task, self.args)
+        metrics, self.answers = evaluate(self.args, self.model, self.task)
         self.log(metrics)
         tqdm.write(f"update {self.update}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin
@@ -440,57 +433,3 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return ""
-
-
-# ------------------------------------------------------------------------------------- report and plot
-
-
-def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers: list[tuple]):
-    """The table of held-out results, then three solved and three failed rows, drawn."""
-    n, also = len(answers), f"; adaptive: threshold {args.eval_threshold}" if args.eval_threshold else ""
-    print(f"\n{n} held-out rows, greedy: L {args.L}, S {args.S}, block {args.block}, order top_prob{also}")
-    print(" " * 26 + "".join(f"{name:>10}" for name in columns))
-    labels = {"accuracy": "solved, %", "reward": "mean reward, %", "parse_fail": "unreadable, %"}
-    for kind, decoding in (("eval", ""), ("threshold", ", adaptive")):
-        if all(f"{kind}_accuracy" in column for column in columns.values()):
-            for key, label in labels.items():
-                row = "".join(f"{100 * column[f'{kind}_{key}']:10.1f}" for column in columns.values())
-                print(f"{label + decoding:<26}{row}")
-            row = "".join(f"{column[f'{kind}_nfe_per_row']:10.2f}" for column in columns.values())
-            print(f"{'forwards per row' + decoding:<26}{row}")
-    error = max((c["eval_accuracy"] * (1 - c["eval_accuracy"]) / n) ** 0.5 for c in columns.values())
-    print(f"(standard error of a solved share: {100 * error:.1f} points)")
-    for label, correct in (("solved", 1.0), ("failed", 0.0)):
-        found = [(text, row) for (text, c), row in zip(answers, task.test, strict=True) if c == correct]
-        blocks = [task.draw(text, row) for text, row in found[:3]]
-        print(f"\n{label}:" + ("" if blocks else " none"))
-        if all(len(line) < 30 for block in blocks for line in block):  # boards: side by side
-            blocks = [["      ".join(cells) for cells in itertools.zip_longest(*blocks, fillvalue="")]]
-        print("\n\n".join("\n".join(f"   {line}" for line in block) for block in blocks))
-
-
-def plot(lines: list[dict], file: Path, title: str):
-    """curve.png: held-out accuracy and the rollouts' reward over the updates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    curves = {"reward": ("reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
-              "threshold_accuracy": ("held-out solved, adaptive", dict(color="tab:green", lw=1, ls="--")),
-              "eval_accuracy": ("held-out solved", dict(color="tab:orange", lw=2, marker="o", ms=4))}
-    for key, (label, look) in curves.items():
-        points = [(line["update"], 100 * line[key]) for line in lines if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **look)
-    (_, first), (end, last) = points[0], points[-1]
-    axes.axhline(first, color="0.6", lw=1, ls=":")
-    axes.annotate(f"{first:.1f} % before", (end, first), (0, -12), textcoords="offset points", ha="right")
-    axes.annotate(f"{last:.1f} %", (end, last), (0, 7), textcoords="offset points", ha="right")
-    axes.set(xlabel="update", ylabel="%", title=title, ylim=(0, 100))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    figure.savefig(file, dpi=150)
-    plt.close(figure)

@@ -18,7 +18,8 @@ agrees with the 1/t of the denoising cross-entropy. A row that an EOS ended earl
 
 Differences from the authors' released code: the softmax is over the prompt's group (theirs: over the device
 micro-batch, which mixes prompts); G times fewer forwards; every drawn mask is used (half of theirs is not);
-Gumbel noise in float64 (theirs: bf16); wd1++, which is not released.
+Gumbel noise in float64 (theirs: bf16); sampled and scored at one temperature (theirs: T 0.9 and T 1); wd1++,
+which is not released.
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
 already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults
 for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1), its others beside them.

@@ -1,9 +1,9 @@
 """The one protocol of tuning: the same grid for every method, on Sudoku solutions kept out of RL.
 
 Boards of 48 of the 228 training solutions are evaluated, those of the other 180 trained on; the held-out 60
-are not looked at. The grid is a half of lr x G x minibatches x prompts, two levels each (of each pair of factors
-all four combinations occur twice); seed 11 for all, then seed 12 for the three best of a method. A run is a
-process with one thread; one that is in results/tuning.jsonl is not repeated.
+are not looked at. The grid is a half of lr x G x minibatches x prompts, two levels each (of each pair of
+factors all four combinations occur twice); seed 11 for all, then seed 12 for the three best of a method. A
+run is a process with one thread; one that is in results/tuning.jsonl is not repeated.
 
 python benchmarks/tune.py [jobs]        as many at a time; about 45 minutes with 2 on 2 cores
 """
@@ -61,7 +61,7 @@ def launch(method: str, grid: str, seed: int, data: str, folder: Path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(argv, cwd=ROOT, env=env, check=True, capture_output=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    curve = [[line["update"], round(100 * line["eval_accuracy"], 1)] for line in lines if "eval_reward" in line]
+    curve = [[row["update"], round(100 * row["eval_accuracy"], 1)] for row in lines if "eval_reward" in row]
     last = [line for line in lines if "loss" in line][-1]
     costs = {k: last[k] for k in last if k.startswith("nfe") or k in ("seconds", "entropy", "equal_groups")}
     row = {"method": method, "command": f"python {command}", "seed": seed, "curve": curve, **costs,

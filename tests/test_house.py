@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-ABOVE = [["common", "sandbox"], ["tasks", "models"], ["pretrain"], ["run"], ["egspo", "rldf", "wd1", "gdsd"]]
+ABOVE = [["common", "sandbox"], ["tasks", "models", "report"], ["pretrain"], ["run"],
+         ["egspo", "rldf", "wd1", "gdsd"]]
 FLOOR = {name: floor for floor, names in enumerate(ABOVE) for name in names}
 
 
