@@ -17,9 +17,9 @@
 
 What it does not stop: reading what its user may read, be it the tests; tests that take the program's word (a
 function or method of its own compares); 16 processes of `memory_mb` each. Without 6: a full disk until the
-end, shared memory left behind. Without 5 and 6: the network; unless root, reading and killing processes of the
-same user. What a test cannot do: write files; derive from a class of the program; catch an exception of the
-program other than as the builtin exception that it derives from; use `in` for what has no items.
+end, shared memory left behind. Without 5 and 6: the network; unless root, reading and killing processes of
+the same user. What a test cannot do: write files; await, or derive from, what is the program's; catch its
+exceptions other than as the builtin ones that they derive from; use `in` for what has no items.
 """
 
 import builtins
@@ -98,17 +98,17 @@ def supervise():
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: a descendant that loses its parent becomes our child
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no process of the same user looks into this one
     users = 1_900_000_000 + 2 * os.getpid()  # this and the next: nobody else's, not even another run's
     limits = int(timeout) + 1, memory_mb << 20
     (requests, asks), (answers, tells), (inbox, outbox) = os.pipe(), os.pipe(), os.pipe()
     pids = [os.fork()]
     if pids == [0]:
+        libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no process of the same user looks into this one
         job = json.load(sys.stdin)
         confine(libc, users, [answers, asks, outbox], *limits)  # what it raises is printed
-        libc.prctl(4, 0, 0, 0, 0)
         judge(*job)
     isolated = namespaces and new_namespaces(libc)
+    libc.prctl(4, 0, 0, 0, 0)
     pids.append(os.fork())
     if pids[-1] == 0:
         confine(libc, users + 1, [requests, tells], *limits, isolated, own_folder=True)
@@ -144,7 +144,7 @@ def new_namespaces(libc: ctypes.CDLL) -> bool:
 
 
 def waited(pids: list[int]) -> float:
-    """Seconds that these processes could have run, but others had the cores. (Not if the others are their own.)"""
+    """Seconds that these could have run, but other processes had the cores, if none of those is their own."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/schedstat") as file:
@@ -258,7 +258,7 @@ def seccomp(libc: ctypes.CDLL):
 # ---------------------------------------------------------------------------- the talk of judge and program
 
 # What passes as a copy, beside None, bool, float, str, list and small int: its class and the arguments that
-# make the copy. (Python reads no int of more than 4300 decimal digits; of hexadecimal ones there may be more.)
+# make the copy. (Python reads no int of more than 4300 decimal digits, but any number of hexadecimal ones.)
 COPIED = {
     "builtins.int": lambda v: [hex(v), 16], "builtins.complex": lambda v: [v.real, v.imag],
     "builtins.bytes": lambda v: [v.decode("latin-1"), "latin-1"],
@@ -271,8 +271,8 @@ COPIED = {
     "collections.defaultdict": lambda v: [None, dict(v)], "collections.deque": lambda v: [list(v)],
     "decimal.Decimal": lambda v: [str(v)], "fractions.Fraction": lambda v: [str(v)],
     "datetime.date": lambda v: [v.year, v.month, v.day]}
-DATA = (bool, int, float, complex, str, bytes, bytearray, list, tuple, range, set, frozenset, dict, type(None))
-CLASSES = {kind.__name__: kind for kind in DATA}  # pass by name
+CLASSES = {kind.__name__: kind for kind in (  # pass as their names
+    bool, int, float, complex, str, bytes, bytearray, list, tuple, range, set, frozenset, dict, type(None))}
 
 
 class Link:
@@ -367,7 +367,7 @@ class Link:
 class Handle:
     """An object on the other side. What is done to it is done there, except that no operator shows it an
     operand of this side: what it equals is not for the program to say. For this it counts as the builtin
-    value that it extends (a namedtuple is a tuple), or as unlike all. `x in handle` looks through its items."""
+    value that it extends (a namedtuple is a tuple), or as unlike all. `x in handle` looks at the items."""
 
     __slots__ = "_link", "_number"
 
@@ -393,21 +393,15 @@ def plain(value) -> list:
     return [kind(value) for kind in CLASSES.values() if isinstance(value, kind)][:1]
 
 
-def forwarded(name: str, function):
-    """Gives Handle this operation; what it does on the other side."""
-    setattr(Handle, f"__{name}__", lambda self, *args: self._link.ask(name, self, *args))
-    return function
-
-
-def forwarded_operator(name: str, function):
-    """The same for an operator, of which the other operand may have to stay on this side."""
-    def operate(self, other):
-        if type(other) is Handle:
-            return self._link.ask(name, self, other)
+def forwarded(name: str, function, shows: bool):
+    """Give Handle the operation `name`, which is `function` on the other side. Returns `function`."""
+    def operation(self, *args):
+        if shows or type(args[0]) is Handle:
+            return self._link.ask(name, self, *args)
         value = self._link.ask("plain", self)
-        return function(value[0], other) if value else NotImplemented
+        return function(value[0], *args) if value else NotImplemented
 
-    setattr(Handle, f"__{name}__", operate)
+    setattr(Handle, f"__{name}__", operation)
     return function
 
 
@@ -416,11 +410,11 @@ CALLS = {"call": lambda function, /, *args, **options: function(*args, **options
 # what a test may ask for
 OPERATIONS = CALLS | {"getattr": getattr, "setattr": setattr, "isinstance": isinstance, "plain": plain}
 for function in iter, next, len, str, repr, bool, hash, int, float, abs, round, reversed:
-    OPERATIONS[function.__name__] = forwarded(function.__name__, function)
+    OPERATIONS[function.__name__] = forwarded(function.__name__, function, True)
 for name in "index neg getitem setitem delitem".split():
-    OPERATIONS[name] = forwarded(name, getattr(operator, name))
+    OPERATIONS[name] = forwarded(name, getattr(operator, name), True)
 for name in "eq ne lt le gt ge add sub mul truediv floordiv mod and or".split():
-    OPERATIONS[name] = forwarded_operator(name, getattr(operator, f"__{name}__"))
+    OPERATIONS[name] = forwarded(name, getattr(operator, f"__{name}__"), False)
 
 
 def serve():

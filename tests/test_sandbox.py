@@ -106,7 +106,8 @@ def test_each_test_counts_for_itself(layers):
 
 
 def test_tests_do_not_see_each_other():
-    assert run_tests(RIGHT, ["f = len", "assert f(1) == 10", "def f(x): 1", "assert f(1) == 10"]) == [True] * 4
+    tests = ["f = len", "assert f(1) == 10", "def f(x): return 0", "assert f(1) == 10"]
+    assert run_tests(RIGHT, tests) == [True] * 4
 
 
 def test_forms_of_the_data_sets():
@@ -180,7 +181,7 @@ SETUP = "root = Node(1)\nroot.left = Node(2, what=3)\nroot.left.right = Node(5)\
 
 def test_objects_of_the_program(layers):
     """They stay with the program; to a test they are what they are in Python."""
-    tests = ["assert height(root) == 3 and root.left.value == 2 and height(None) == 0", "assert len(root) == 3",
+    tests = ["assert height(root) == len(root) == 3 and root.left.value == 2 and height(None) == 0",
              "assert list(root) == [1, 2, 5] and 5 in root and 7 not in root and max(root) == 5",
              "assert root[1] == 2 and root[:2] == [1, 2] and str(root) == f'{root}' == 'Node(1)'",
              "assert same(root) is root and one() is one() is not root and isinstance(root, Node)",
@@ -191,7 +192,7 @@ def test_objects_of_the_program(layers):
              "assert Color.RED == 1 and Color.RED < 2 and Color.RED.name == 'RED' and {Color.RED: 5}[1] == 5",
              "assert Point(1) == Point(1) < Point(1) + Point(2) == Point(3)",
              "assert {Point(1), Point(1)} == {Point(1)} != {Point(2)}",
-             "import itertools\nassert list(itertools.islice(numbers(), 3)) == [0, 1, 2] and next(numbers()) == 0",
+             "n = numbers()\nassert [next(n), next(n)] == [0, 1] == [a for a, b in zip(numbers(), 'xy')]",
              "note(1)\nassert log == [1]",
              "try: fail('x')\nexcept ValueError as error: assert str(error) == 'x'\nelse: assert False"]
     assert run_tests(CLASSES, [SETUP + test for test in tests]) == [True] * len(tests)
@@ -218,10 +219,10 @@ default, queue = collections.defaultdict(list, a=[1]), collections.deque([1, 2])
 decimals, third = decimal.Decimal("0.10"), fractions.Fraction(1, 3)
 day = datetime.date(2024, 2, 29)"""
     values = [None, True, 1, -0.0, 1e300, 2**64, -2**63, 1j, "é\U0001f600\0", b"\xff", bytearray(b"a"), (),
-              (1, (2,)), [1, [2.0]], {1: {"a": (None,)}, (1, 2): [3], None: 1}, {1}, frozenset({(1,)}), range(3)]
+              (1, (2,)), [1, [2.0]], {1: {"a": (None,)}, (1, 2): [3], None: 1}, {1}, frozenset({1}), range(3)]
     tests = [f"x = {value!r}\ny = same(x)\nassert repr(x) == repr(y) and type(x) is type(y) is kind(x)"
              for value in values]
-    tests += ["assert same(int) is int and kind(1) is int and kind([]) == list", "assert same(1) != same('1')",
+    tests += ["assert same(int) is int and kind([]) == list and same(1) != same('1')",
               "x = same(float('nan'))\nassert x != x and same(float('-inf')) == float('-inf')",
               "assert call(lambda x, y: x + y, 1, y=2) == 3 and call(max, 1, 2) == 2 and call(len, [1]) == 1",
               "assert each(str.upper, 'ab') == ['A', 'B'] and each(abs, iter([-1])) == [1]",
@@ -231,13 +232,14 @@ day = datetime.date(2024, 2, 29)"""
               "assert named(self=1, what=2, name=3) == {'self': 1, 'what': 2, 'name': 3}",
               "assert counter == {'a': 2, 'b': 1} and counter.most_common(1) == [('a', 2)]",
               "assert list(ordered) == ['b', 'a'] and default['a'] == [1]\n"
-              "import collections, decimal, fractions, datetime\nassert queue == collections.deque([1, 2]) and decimals == decimal.Decimal('0.1')\n"
+              "from collections import deque\nassert queue == deque([1, 2]) and queue != [1, 2]",
+              "import decimal, fractions, datetime\nassert decimals == decimal.Decimal('0.1')\n"
               "assert third == fractions.Fraction(1, 3) and day == datetime.date(2024, 2, 29)"]
     assert run_tests(program, tests) == [True] * len(tests)
 
 
 def test_a_wait_for_a_core_does_not_count(layers):
-    """Half a second of work where two others want the same core: too long by the clock, not by what was had."""
+    """Half a second of work while two others want the same core: too long by the clock alone."""
     program = "import time\nwhile time.process_time() < 0.5: pass\n" + RIGHT
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
@@ -255,7 +257,7 @@ def test_threads_get_the_same_verdicts():
     programs = [f"def f(x): return {'x * 10' if i % 2 else 'exit'}\n" + ("while 1: 1" if i == 4 else "")
                 for i in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(lambda program: run_tests(program, TESTS, timeout=1), programs))
+        verdicts = list(pool.map(lambda program: run_tests(program, TESTS, timeout=0.6), programs))
     assert verdicts == [[bool(i % 2), bool(i % 2), False] for i in range(8)]
 
 
@@ -268,7 +270,7 @@ def test_what_is_not_the_programs_fault_is_raised(monkeypatch):
 
 
 def test_a_failure_that_passes(monkeypatch, capsys):
-    """No process to be had: tried again; if that lasts, no marks, and it is said, once it has worked before."""
+    """No process to be had: it tries again; if that lasts, and it has worked before, no test passes."""
     def fails(times: int):
         failures = iter([OSError(11, "Resource temporarily unavailable")] * times)
 
@@ -375,9 +377,8 @@ def f(x):
         found = re.search(rf"f[(]{x}[)].*?([0-9]+)(?! <)\\\\b", repr(frame.f_locals))
         if found: return int(found[1])""",
     "builtins of the tests": WRONG + """import gc
-def none(*args): return 0
-for d in gc.get_objects():
-    if type(d) is dict and "AssertionError" in d: d.update(abs=none, all=lambda x: True, AssertionError=none)""",
+for found in gc.get_objects():
+    if type(found) is dict and "AssertionError" in found: found.update(abs=lambda x: 0, all=bool)""",
     "equals everything": """class Yes:
     __eq__ = __lt__ = __sub__ = __abs__ = lambda *a: Yes()
     __float__ = lambda self: 0.0
@@ -393,19 +394,21 @@ def f(x): return Yes(99)""",
 
 @pytest.mark.parametrize("name", FORGERS)
 def test_forging(name):
-    assert run_tests(FORGERS[name], TESTS, timeout=1, memory_mb=256) == [False] * 3
+    assert run_tests(FORGERS[name], TESTS, timeout=0.6, memory_mb=256) == [False] * 3
 
 
-@pytest.mark.parametrize("name", ["os._exit", "writes", "writes a report", "guesses in copies", "os functions",
-                                  "a pipe of its own", "variables of the judge"])
+@pytest.mark.parametrize("name", ["os._exit", "writes", "writes a report", "guesses in copies",
+                                  "os functions", "a pipe of its own", "variables of the judge"])
 def test_forging_in_fallback(name, monkeypatch):
     monkeypatch.setattr(sandbox, "NAMESPACES", False)
     test_forging(name)
 
 
 LINES = {  # what a program that knows the protocol may send instead of f's value
-    "an exception that runs code": """say("raised", ["exec"], ["import os; os.write(5, b'111.'); os._exit(0)"])""",
-    "a value that runs code": """say("returned", {"builtins.eval": ["__import__('os').write(5, b'111.')"]}, [])""",
+    "an exception that runs code": """
+say("raised", ["exec"], ["import os; os.write(5, b'111.'); os._exit(0)"])""",
+    "a value that runs code": """
+say("returned", {"builtins.eval": ["__import__('os').write(5, b'111.')"]}, [])""",
     "a class of the judge": """
 say("call", [{"class": "type"}, "Yes", {"builtins.tuple": [[]]},
              {"builtins.dict": [[["__eq__", {"class": "bool"}]]]}], {})
@@ -429,7 +432,7 @@ def say(*message): os.write(4, json.dumps(message).encode() + b"\\n")
 def f(x):
     {lines}
     os.read(3, 10**4)"""
-    assert run_tests(program, TESTS, timeout=1) == [False] * 3
+    assert run_tests(program, TESTS, timeout=0.6) == [False] * 3
 
 
 def test_forging_around_the_comparison(layers):
@@ -440,7 +443,7 @@ def test_forging_around_the_comparison(layers):
     assert run_tests("def f(x): raise StopIteration", loop) == [False] * 2
     yes = "class Yes:\n    __eq__ = __contains__ = __ge__ = __le__ = lambda *a: True\ndef f(x): return Yes()"
     forms = ["f(1) in (1, 2)", "1 in f(1)", "f(1) >= 1", "1 <= f(1)", "[f(1)] == [1]", "{1: f(1)} == {1: 1}",
-             "not f(1) != 1", "set([f(1)]) == {1}", "any(f(1) == n for n in range(9))", "abs(f(1) - 1) < 1e-6"]
+             "not f(1) != 1", "{f(1)} == {1}", "any(f(1) == n for n in range(9))", "abs(f(1) - 1) < 1e-6"]
     assert run_tests(yes, [f"assert {form}" for form in forms]) == [False] * len(forms)
 
 
@@ -542,7 +545,7 @@ def test_the_end_of_the_supervisor(layers):
 
 
 def test_processes_that_trace_one_another():
-    """The first is reported dead when the second, its tracer, is. (The sandbox's seccomp forbids to trace.)"""
+    """The first is reported dead when its tracer, the second, is. (Seccomp forbids it to programs.)"""
     code = f"""import ctypes, os, sys, time
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import sandbox
@@ -701,7 +704,8 @@ pair = len(socket.socketpair())  # as asyncio needs"""
 def test_privileges_are_gone(layers):
     """No capability, none to be had, not root, not even in a namespace; the first to go without memory."""
     program = "import os\nstatus = dict(line.split(':\\t') for line in open('/proc/self/status'))"
-    program += "\nscore, users = open('/proc/self/oom_score_adj').read(), {os.getuid(), os.geteuid(), os.getgid()}"
-    tests = ["assert int(status['CapEff'], 16) == int(status['CapPrm'], 16) == 0", "assert score == '1000\\n'",
-             "assert int(status['NoNewPrivs']) == 1 and int(status['Seccomp']) == 2", "assert 0 not in users"]
+    program += "\nusers = {os.getuid(), os.geteuid(), os.getgid()}"
+    program += "\nscore = open('/proc/self/oom_score_adj').read()"
+    tests = ["assert int(status['CapEff'], 16) == int(status['CapPrm'], 16) == 0", "assert 0 not in users",
+             "assert int(status['NoNewPrivs']) == 1 and int(status['Seccomp']) == 2 and score == '1000\\n'"]
     assert run_tests(program, tests) == [True] * len(tests)
