@@ -18,8 +18,9 @@
 What it does not stop: reading what its user may read, be it the tests; tests that take the program's word (a
 function or method of its own compares); 16 processes of `memory_mb` each. Without 6: a full disk until the
 end, shared memory left behind. Without 5 and 6: the network; unless root, reading and killing processes of
-the same user. What a test cannot do: write files; await, or derive from, what is the program's; catch its
-exceptions other than as the builtin ones that they derive from; use `in` for what has no items.
+the same user. What a test cannot do: share files with the program; hand it objects of the test's classes (it
+may hand it functions); await, or derive from, what is the program's; catch its exceptions other than as the
+builtin ones that they derive from; use `in` for what has no items.
 """
 
 import builtins
@@ -319,6 +320,8 @@ class Link:
     def answer(self, what: str, args: list, options: dict):
         """Do what the other side asks for and send it the result, or the builtin exception nearest to it."""
         try:
+            if what not in self.allowed:
+                raise AttributeError(what)  # functools.wraps asks for names, and can do without
             values = [self.decode(arg) for arg in args]
             result = self.allowed[what](*values, **{k: self.decode(v) for k, v in options.items()})
             after = [self.encode(v) if type(v) in (list, dict, set, bytearray) else None for v in values]

@@ -202,7 +202,11 @@ def test_objects_of_the_program(layers):
 
 def test_values_arrive_as_they_were_sent(layers):
     """By way of the program and back, with their types; what it changes is changed, functions are called."""
-    program = """import collections, decimal, fractions, datetime
+    program = """import collections, decimal, fractions, datetime, functools
+def twice(f):
+    @functools.wraps(f)
+    def both(x): return f(f(x))
+    return both
 def same(x): return x
 def kind(x): return type(x)
 def call(f, *args, **options): return f(*args, **options)
@@ -225,6 +229,7 @@ day = datetime.date(2024, 2, 29)"""
     tests += ["assert same(int) is int and kind([]) == list and same(1) != same('1')",
               "x = same(float('nan'))\nassert x != x and same(float('-inf')) == float('-inf')",
               "assert call(lambda x, y: x + y, 1, y=2) == 3 and call(max, 1, 2) == 2 and call(len, [1]) == 1",
+              "assert twice(lambda x: x + 1)(1) == 3",
               "assert each(str.upper, 'ab') == ['A', 'B'] and each(abs, iter([-1])) == [1]",
               "a, b, c = [2, 1], {'a': 1, 'b': 2}, set()\nd = a\nchange(a, b, c)\n"
               "assert (d, b, c) == ([1, 2], {'b': 2}, {3})",
@@ -238,7 +243,7 @@ day = datetime.date(2024, 2, 29)"""
     assert run_tests(program, tests) == [True] * len(tests)
 
 
-def test_a_wait_for_a_core_does_not_count(layers):
+def test_a_wait_for_a_core_does_not_count():
     """Half a second of work while two others want the same core: too long by the clock alone."""
     program = "import time\nwhile time.process_time() < 0.5: pass\n" + RIGHT
     cores = os.sched_getaffinity(0)
