@@ -64,8 +64,8 @@ def run_tests(program: str, tests: list[str], timeout: float = 5.0, memory_mb: i
     if not health["works"]:
         raise RuntimeError(f"the sandbox failed:\n{error}")
     health["failures"] += 1
-    count = health["failures"]
-    print(f"warning: no sandbox for {count} programs so far, which pass no test: {error}", file=sys.stderr)
+    count, reason = health["failures"], error.splitlines()[-1]
+    print(f"warning: no sandbox for {count} programs so far, which pass no test: {reason}", file=sys.stderr)
     return [False] * len(tests)
 
 
