@@ -90,7 +90,7 @@ def may_fork(layers):
 
 def isolated() -> bool:
     """Whether the namespaces are there."""
-    return run_tests("import os", ["assert os.getpid() == 1"]) == [True]
+    return run_tests("import os\npid = os.getpid()", ["assert pid == 1"]) == [True]
 
 
 # ----------------------------------------------------------------------------------------------------- honest
@@ -106,7 +106,8 @@ def test_each_test_counts_for_itself(layers):
 
 
 def test_tests_do_not_see_each_other():
-    assert run_tests(RIGHT, ["f = len", "assert f(1) == 10", "del f", "assert f(1) == 10"]) == [True] * 4
+    tests = ["f = len", "assert f(1) == 10", "def f(x): return 0", "assert f(1) == 10"]
+    assert run_tests(RIGHT, tests) == [True] * 4
 
 
 def test_forms_of_the_data_sets():
@@ -132,26 +133,167 @@ with open("note", "w") as file:
     file.write("kept")
 with open(os.devnull, "w") as file:
     print("discarded", file=file)
+def kept():
+    return open("note").read()
 if __name__ == "__main__":
     raise ValueError
 """
-    tests = ["assert Point(1) == Point(1)", "assert open('note').read() == 'kept' and first == []",
+    tests = ["assert Point(1) == Point(1)", "assert kept() == 'kept' and first == []",
              "assert 'é'.encode('latin-1') == b'\\xe9'", "assert hashlib.md5(b'').hexdigest()[:4] == 'd41d'"]
     assert run_tests(program, tests) == [True] * 4
+
+
+CLASSES = """import abc, collections, dataclasses, enum
+class Node:
+    count = 0
+    def __init__(self, value, *, what=None):
+        self.value, self.left, self.right = value, None, None
+        Node.count += 1
+    def __len__(self): return 1 + sum(len(n) for n in (self.left, self.right) if n)
+    def __iter__(self): yield from (self.value, *(self.left or ()), *(self.right or ()))
+    def __getitem__(self, i): return list(self)[i]
+    def __repr__(self): return f"Node({self.value})"
+Pair = collections.namedtuple("Pair", "a b")
+class Stack(list):
+    def push(self, value): self.append(value)
+class Color(enum.IntEnum):
+    RED = 1
+@dataclasses.dataclass(order=True, frozen=True)
+class Point:
+    x: int
+    def __add__(self, other): return Point(self.x + other.x)
+class TooMuch(ValueError): pass
+only = Node(0)
+log = []
+def height(node): return 0 if node is None else 1 + max(height(node.left), height(node.right))
+def same(node): return node
+def one(): return only
+def fail(text): raise TooMuch(text)
+def note(x): log.append(x)
+def numbers():
+    n = 0
+    while True:
+        yield n
+        n += 1
+"""
+SETUP = "root = Node(1)\nroot.left = Node(2, what=3)\nroot.left.right = Node(5)\n"  # as in MBPP 367 and 927
+
+
+def test_objects_of_the_program(layers):
+    """They stay with the program; to a test they are what they are in Python."""
+    tests = ["assert height(root) == len(root) == 3 and root.left.value == 2 and height(None) == 0",
+             "assert list(root) == [1, 2, 5] and 5 in root and 7 not in root and max(root) == 5",
+             "assert root[1] == 2 and root[:2] == [1, 2] and str(root) == f'{root}' == 'Node(1)'",
+             "assert same(root) is root and one() is one() is not root and isinstance(root, Node)",
+             "assert root != 1 and root != None and root and not isinstance(root, int) and root in [3, root]",
+             "assert hasattr(root, 'left') and not hasattr(root, 'middle') and Node.count > 0",
+             "p = Pair(1, b=2)\nassert p == (1, 2) and (1, 2) == p and p.b == p[1] == max(p) and len(p) == 2",
+             "s = Stack([1])\ns.push(2)\nassert s == [1, 2] and s + [3] == [1, 2, 3] and s.pop() == 2",
+             "assert Color.RED == 1 and Color.RED < 2 and Color.RED.name == 'RED' and {Color.RED: 5}[1] == 5",
+             "assert Point(1) == Point(1) < Point(1) + Point(2) == Point(3)",
+             "assert {Point(1), Point(1)} == {Point(1)} != {Point(2)}",
+             "n = numbers()\nassert [next(n), next(n)] == [0, 1] == [a for a, b in zip(numbers(), 'xy')]",
+             "note(1)\nassert log == [1]",
+             "try: fail('x')\nexcept ValueError as error: assert str(error) == 'x'\nelse: assert False"]
+    assert run_tests(CLASSES, [SETUP + test for test in tests]) == [True] * len(tests)
+    assert run_tests(CLASSES, [SETUP + "assert root == root.left", "assert Point(1) == Point(2)",
+                               "assert Pair(1, 2) == (1, 3)", "assert next(numbers()) == 1"]) == [False] * 4
+
+
+def test_values_arrive_as_they_were_sent(layers):
+    """By way of the program and back, with their types; what it changes is changed, functions are called."""
+    program = """import collections, decimal, fractions, datetime, functools
+def twice(f):
+    @functools.wraps(f)
+    def both(x): return f(f(x))
+    return both
+def same(x): return x
+def kind(x): return type(x)
+def call(f, *args, **options): return f(*args, **options)
+def each(f, items): return [f(item) for item in items]
+def change(numbers, table, chosen):
+    numbers.sort()
+    table.pop("a")
+    chosen.add(3)
+def huge(n): return list(range(n))
+def power(n): return 10 ** n
+def named(**options): return options
+counter, ordered = collections.Counter("aab"), collections.OrderedDict(b=1, a=2)
+default, queue = collections.defaultdict(list, a=[1]), collections.deque([1, 2])
+decimals, third = decimal.Decimal("0.10"), fractions.Fraction(1, 3)
+day = datetime.date(2024, 2, 29)"""
+    values = [None, True, 1, -0.0, 1e300, 2**64, -2**63, 1j, "é\U0001f600\0", b"\xff", bytearray(b"a"), (),
+              (1, (2,)), [1, [2.0]], {1: {"a": (None,)}, (1, 2): [3], None: 1}, {1}, frozenset({1}), range(3)]
+    tests = [f"x = {value!r}\ny = same(x)\nassert repr(x) == repr(y) and type(x) is type(y) is kind(x)"
+             for value in values]
+    tests += ["assert same(int) is int and kind([]) == list and same(1) != same('1')",
+              "x = same(float('nan'))\nassert x != x and same(float('-inf')) == float('-inf')",
+              "assert call(lambda x, y: x + y, 1, y=2) == 3 and call(max, 1, 2) == 2 and call(len, [1]) == 1",
+              "assert twice(lambda x: x + 1)(1) == 3",
+              "assert each(str.upper, 'ab') == ['A', 'B'] and each(abs, iter([-1])) == [1]",
+              "a, b, c = [2, 1], {'a': 1, 'b': 2}, set()\nd = a\nchange(a, b, c)\n"
+              "assert (d, b, c) == ([1, 2], {'b': 2}, {3})",
+              "assert huge(100_000) == list(range(100_000))", "assert power(10_000) == 10 ** 10_000",
+              "assert named(self=1, what=2, name=3) == {'self': 1, 'what': 2, 'name': 3}",
+              "assert counter == {'a': 2, 'b': 1} and counter.most_common(1) == [('a', 2)]",
+              "assert list(ordered) == ['b', 'a'] and default['a'] == [1]\n"
+              "from collections import deque\nassert queue == deque([1, 2]) and queue != [1, 2]",
+              "import decimal, fractions, datetime\nassert decimals == decimal.Decimal('0.1')\n"
+              "assert third == fractions.Fraction(1, 3) and day == datetime.date(2024, 2, 29)"]
+    assert run_tests(program, tests) == [True] * len(tests)
+
+
+def test_a_wait_for_a_core_does_not_count():
+    """Half a second of work while two others want the same core: too long by the clock alone."""
+    program = "import time\nwhile time.process_time() < 0.5: pass\n" + RIGHT
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        assert run_tests(program, TESTS, timeout=0.8) == [True] * 3
+    finally:
+        os.sched_setaffinity(0, cores)
+        for process in others:
+            process.kill()
+            process.wait()
 
 
 def test_threads_get_the_same_verdicts():
     programs = [f"def f(x): return {'x * 10' if i % 2 else 'exit'}\n" + ("while 1: 1" if i == 4 else "")
                 for i in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(lambda program: run_tests(program, TESTS, timeout=1), programs))
+        verdicts = list(pool.map(lambda program: run_tests(program, TESTS, timeout=0.6), programs))
     assert verdicts == [[bool(i % 2), bool(i % 2), False] for i in range(8)]
 
 
 def test_what_is_not_the_programs_fault_is_raised(monkeypatch):
+    monkeypatch.setattr(sandbox, "PAUSES", (0, 0))
     monkeypatch.setattr(sandbox, "__file__", "/nowhere/sandbox.py")
+    monkeypatch.setattr(sandbox, "health", {"works": False, "failures": 0})
     with pytest.raises(RuntimeError, match="nowhere"):
         run_tests(RIGHT, TESTS)
+
+
+def test_a_failure_that_passes(monkeypatch, capsys):
+    """No process to be had: it tries again; if that lasts, and it has worked before, no test passes."""
+    def fails(times: int):
+        failures = iter([OSError(11, "Resource temporarily unavailable")] * times)
+
+        def start(*args):
+            for failure in failures:
+                raise failure
+            return true_start(*args)
+        monkeypatch.setattr(sandbox, "start_supervisor", start)
+
+    true_start = sandbox.start_supervisor
+    monkeypatch.setattr(sandbox, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(sandbox, "health", {"works": False, "failures": 0})
+    fails(2)
+    assert run_tests(RIGHT, TESTS) == [True] * 3
+    for count in 1, 2:
+        fails(3)
+        assert run_tests(RIGHT, TESTS) == [False] * 3
+        assert f"no sandbox for {count} programs" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- forging
@@ -182,18 +324,18 @@ for fd in range(64):
     for text in (b"111", b"0" * 32 + b"111"):
         try: os.write(fd, text)
         except OSError: pass""",
-    "floods the report": WRONG + "import os\nwhile True: os.write(3, b'1' * 65536)",
-    "writes marks": "import os; os.write(3, b'111'); os._exit(0)",
-    "writes a report": "import os; os.write(3, b'0' * 32 + b'111'); os._exit(0)",
+    "floods the judge": WRONG + "import os\nwhile True: os.write(4, b'1' * 65536)",
+    "writes marks": "import os; os.write(4, b'111'); os._exit(0)",
+    "writes a report": "import os; os.write(4, b'.111.'); os._exit(0)",
     "closes everything": RIGHT + "import os; os.closerange(0, 64)",
-    "atexit": WRONG + "import atexit, os; atexit.register(os.write, 3, b'111'); raise ValueError",
+    "atexit": WRONG + "import atexit, os; atexit.register(os.write, 4, b'111'); raise ValueError",
     "__del__": WRONG + """import os
 class D:
-    def __del__(self, write=os.write): write(3, b"111")
+    def __del__(self, write=os.write): write(4, b"111")
 d = D()""",
     "a thread that goes on": WRONG + """import threading, os
 def again():
-    while True: os.write(3, b"1")
+    while True: os.write(4, b"1")
 threading.Thread(target=again).start()""",
     "__main__": WRONG + """import sys
 for m in list(sys.modules.values()):
@@ -221,25 +363,113 @@ def f(x):
     for guess in 10, 20, 7:
         if os.fork() == 0: return guess
         os.wait()""",
+    "a pipe of its own": WRONG + """import os, time
+saved, (inbox, outbox) = os.dup(3), os.pipe()
+os.dup2(outbox, 3)
+if os.fork() == 0:
+    os.write(saved, os.read(inbox, 100)[:32] + b"111")
+    os._exit(0)""",
+    "code of the tests": """import sys
+def f(x):
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        for value in frame.f_code.co_consts:
+            if frame.f_code.co_name == "<module>" and value in (10, 20, 7): return value""",
+    "variables of the judge": """import re, sys
+def f(x):
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        found = re.search(f"f[(]{x}[)][^0-9]*([0-9]+)", repr(frame.f_locals))
+        if found: return int(found[1])""",
+    "builtins of the tests": WRONG + """import gc
+for found in gc.get_objects():
+    if type(found) is dict and "AssertionError" in found: found.update(abs=lambda x: 0, all=bool)""",
+    "equals everything": """class Yes:
+    __eq__ = __lt__ = __sub__ = __abs__ = lambda *a: Yes()
+    __float__ = lambda self: 0.0
+def f(x): return Yes()""",
+    "a number that equals everything": """class Yes(int):
+    __eq__ = __lt__ = __sub__ = __abs__ = lambda *a: True
+    __hash__ = int.__hash__
+def f(x): return Yes(99)""",
+    "names the tests' modules": WRONG + "import sys, unittest.mock as math\nsys.modules['math'] = math",
     "lifts limits": WRONG + "import resource as r; r.setrlimit(r.RLIMIT_NPROC, (10**4, 10**4))",
 }
 
 
 @pytest.mark.parametrize("name", FORGERS)
 def test_forging(name):
-    assert run_tests(FORGERS[name], TESTS, timeout=2, memory_mb=256) == [False] * 3
+    assert run_tests(FORGERS[name], TESTS, timeout=0.6, memory_mb=256) == [False] * 3
 
 
-@pytest.mark.parametrize("name", ["os._exit", "writes", "writes a report",
-                                  "guesses in copies", "os functions"])
+@pytest.mark.parametrize("name", ["os._exit", "writes", "writes a report", "guesses in copies",
+                                  "os functions", "a pipe of its own", "variables of the judge"])
 def test_forging_in_fallback(name, monkeypatch):
     monkeypatch.setattr(sandbox, "NAMESPACES", False)
     test_forging(name)
 
 
+LINES = {  # what a program that knows the protocol may send instead of f's value
+    "an exception that runs code": """
+say("raised", ["exec"], ["import os; os.write(5, b'111.'); os._exit(0)"])""",
+    "a value that runs code": """
+say("returned", {"builtins.eval": ["__import__('os').write(5, b'111.')"]}, [])""",
+    "a class of the judge": """
+say("call", [{"class": "type"}, "Yes", {"builtins.tuple": [[]]},
+             {"builtins.dict": [[["__eq__", {"class": "bool"}]]]}], {})
+say("call", [{"yours": json.loads(os.read(3, 10**4))[1]["mine"]}], {})
+say("returned", {"yours": json.loads(os.read(3, 10**4))[1]["mine"]}, [])""",
+    "a method of the judge": """
+say("getattr", [{"yours": 0}, "__globals__"], {})
+say("returned", json.loads(os.read(3, 10**4))[1], [])""",
+    "many values": """for value in 10, 20, 7, 10, 20, 7: say("returned", {"builtins.bool": [True]}, [])""",
+    "nested values": """os.write(4, b'["returned", ' + b"[" * 10**6 + b"]" * 10**6 + b", []]\\n")""",
+    "no protocol": """os.write(4, b"{}\\n" * 3)""",
+    "a value that is a question": """say("returned", {"mine": [1]}, [])""",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_forging_by_the_protocol(name):
+    lines = "\n    ".join(LINES[name].strip().splitlines())
+    program = f"""import json, os
+def say(*message): os.write(4, json.dumps(message).encode() + b"\\n")
+def f(x):
+    {lines}
+    os.read(3, 10**4)"""
+    assert run_tests(program, TESTS, timeout=0.6) == [False] * 3
+
+
+def test_forging_around_the_comparison(layers):
+    """Tests of other forms: a module that the program changed, a loop that ends early."""
+    program = "import math\nmath.isclose = lambda *a, **k: True\n" + WRONG
+    assert run_tests(program, ["assert math.isclose(f(1), 10)"]) == [False]
+    loop = ["for y in map(f, [1, 2]): assert y == 0", "assert list(map(f, [1])) == []"]
+    assert run_tests("def f(x): raise StopIteration", loop) == [False] * 2
+    yes = "class Yes:\n    __eq__ = __contains__ = __ge__ = __le__ = lambda *a: True\ndef f(x): return Yes()"
+    forms = ["f(1) in (1, 2)", "1 in f(1)", "f(1) >= 1", "1 <= f(1)", "[f(1)] == [1]", "{1: f(1)} == {1: 1}",
+             "not f(1) != 1", "{f(1)} == {1}", "any(f(1) == n for n in range(9))", "abs(f(1) - 1) < 1e-6"]
+    assert run_tests(yes, [f"assert {form}" for form in forms]) == [False] * len(forms)
+
+
+def test_the_tests_are_not_in_the_programs_memory(layers):
+    """Looked for in halves, or it would be found where it is looked for."""
+    program = """import ctypes
+def seen(first, second):
+    for line in open("/proc/self/maps"):
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if line.split()[1].startswith("r") and "[v" not in line:
+            for piece in ctypes.string_at(start, end - start).split(first.encode())[1:]:
+                if piece.startswith(second.encode()): return True
+    return False
+text = "to be found" """
+    assert run_tests(program, ["assert seen('to be ', 'found')", "assert not seen('not to ', 'be found')\n"
+                               "# not to be found"]) == [True, True]
+
+
 def test_the_attack_that_is_not_stopped():
-    """So that the table above is known to test something, and the docstring tells the truth."""
-    assert run_tests("class Yes:\n    __eq__ = lambda *a: True\ndef f(x): return Yes()", TESTS[:1]) == [True]
+    """So that the tables above are known to test something, and the docstring tells the truth."""
+    assert run_tests(WRONG + "def same(*args): return True", ["assert same(f(1), 10)"]) == [True]
 
 
 # ------------------------------------------------------------------------------------------ limits and escape
@@ -312,11 +542,37 @@ def test_the_end_of_the_supervisor(layers):
     before = children()  # another test's judge of mathematics may be one
     with ThreadPoolExecutor(1) as pool:
         verdict = pool.submit(run_tests, HANGS["sleeps"], TESTS, 60)
-        assert wait_until(lambda: len(running(sandbox.__file__)) == 2)
+        assert wait_until(lambda: len(running(sandbox.__file__)) == 3)  # with the judge
         (supervisor,) = children() - before
         os.kill(int(supervisor), signal.SIGKILL)
         assert verdict.result() == [False] * 3
     assert wait_until(lambda: not running(sandbox.__file__))
+
+
+def test_processes_that_trace_one_another():
+    """The first is reported dead when its tracer, the second, is. (Seccomp forbids it to programs.)"""
+    code = f"""import ctypes, os, sys, time
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import sandbox
+libc, (inbox, outbox) = ctypes.CDLL(None), os.pipe()
+libc.prctl(36, 1, 0, 0, 0)
+first = os.fork()
+second = os.fork() if first else 0
+if not (first and second):
+    other = first or int(os.read(inbox, 10))
+    libc.prctl(0x59616D61, -1, 0, 0, 0)  # PR_SET_PTRACER: anyone
+    time.sleep(0.2)
+    os.write(outbox, b"TF"[libc.ptrace(0x4206, other, 0, 0) != 0].to_bytes(1, "big"))
+    time.sleep(1000)
+os.write(outbox, str(second).encode())
+time.sleep(0.4)
+print(os.read(inbox, 2), flush=True)
+sandbox.kill_descendants()
+print(sandbox.children())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
+    if "F" in done.stdout:
+        pytest.skip("tracing is forbidden here")
+    assert done.stdout == "b'TT'\nset()\n" and not done.stderr
 
 
 def test_processes_are_few(layers):
@@ -376,12 +632,13 @@ def test_nothing_of_ours_is_inherited(layers):
 kinds = {}
 for fd in range(64):
     try: kinds[fd] = os.readlink(f"/proc/self/fd/{fd}").split(":")[0]
-    except OSError: pass"""
-    folders = "[kind for fd, kind in kinds.items() if fd > 3 and not kind.startswith(sys.base_prefix)]"
-    tests = ["assert set(os.environ) <= {'LC_CTYPE'}", "assert sys.stdin.read() == ''",
-             "assert [kinds[fd] for fd in range(4)] == ['/dev/null'] * 3 + ['pipe']",
-             f"assert {folders} == []",
-             "assert not any('tasks.py' in os.listdir(p) for p in sys.path if os.path.isdir(p))"]
+    except OSError: pass
+names, text = set(os.environ), sys.stdin.read()
+reached = [name for path in sys.path if os.path.isdir(path) for name in os.listdir(path)]"""
+    folders = "[kind for fd, kind in kinds.items() if fd > 4 and not kind.startswith(sys.base_prefix)]"
+    tests = ["assert names <= {'LC_CTYPE'}", "assert text == ''",
+             "assert [kinds[fd] for fd in range(5)] == ['/dev/null'] * 3 + ['pipe'] * 2",
+             f"assert {folders} == []", "assert 'os.py' in reached and 'tasks.py' not in reached"]
     with open(__file__):
         read, write = os.pipe()
         os.set_inheritable(write, True)
@@ -417,32 +674,43 @@ for s in (signal.SIGSTOP, signal.SIGKILL):
 
 def test_what_only_namespaces_do():
     """Other processes are not to be seen, there is no network, and the folder is small as a whole."""
-    program = """import os, socket
-processes, networks = [name for name in os.listdir("/proc") if name.isdigit()], socket.if_nameindex()
+    program = """import os
+processes, networks = [name for name in os.listdir("/proc") if name.isdigit()], open("/proc/net/dev").read()
 total = 0
 try:
     for i in range(20): total += open(str(i), "wb").write(bytes(10**7))
 except OSError: pass"""
-    tests = ["assert processes == ['1']", "assert len(networks) == 1", "assert 10**7 < total < 2**26"]
+    tests = ["assert processes == ['1']", "assert networks.count(':') == 1", "assert 10**7 < total < 2**26"]
     if not isolated():
         pytest.skip("no namespaces here")
     assert run_tests(program, tests) == [True] * 3
 
 
-def test_no_network(layers):
-    if not (isolated() or LANDLOCK >= 4):
-        pytest.skip("needs namespaces or Landlock 4 (Linux 6.7)")
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def test_no_sockets(layers, tmp_path):
+    """Not to this machine's servers, nor to a socket in a folder, which namespaces leave in reach."""
+    tmp_path.chmod(0o777)
+    path = f"{tempfile.mkdtemp(dir='/tmp')}/socket"
+    os.chmod(os.path.dirname(path), 0o777)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind(path)
+        local.listen()
+        os.chmod(path, 0o777)
         program = f"""import socket
-try: socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), 1)
-except OSError as error: failed = True"""
-        assert run_tests(program, ["assert failed"]) == [True]
+failed = 0
+for kind, address in (socket.AF_INET, {server.getsockname()}), (socket.AF_UNIX, {path!r}):
+    for type in socket.SOCK_STREAM, socket.SOCK_DGRAM:
+        try: socket.socket(kind, type).connect(address)
+        except PermissionError: failed += 1
+pair = len(socket.socketpair())  # as asyncio needs"""
+        assert run_tests(program, ["assert failed == 4", "assert pair == 2"]) == [True] * 2
+    shutil.rmtree(os.path.dirname(path))
 
 
 def test_privileges_are_gone(layers):
     """No capability, none to be had, not root, not even in a namespace; the first to go without memory."""
     program = "import os\nstatus = dict(line.split(':\\t') for line in open('/proc/self/status'))"
-    tests = ["assert int(status['CapEff'], 16) == int(status['CapPrm'], 16) == 0",
-             "assert open('/proc/self/oom_score_adj').read() == '1000\\n'",
-             "assert int(status['NoNewPrivs']) == 1", "assert os.getuid() and os.geteuid() and os.getgid()"]
+    program += "\nusers = {os.getuid(), os.geteuid(), os.getgid()}"
+    program += "\nscore = open('/proc/self/oom_score_adj').read()"
+    tests = ["assert int(status['CapEff'], 16) == int(status['CapPrm'], 16) == 0", "assert 0 not in users",
+             "assert int(status['NoNewPrivs']) == 1 and int(status['Seccomp']) == 2 and score == '1000\\n'"]
     assert run_tests(program, tests) == [True] * len(tests)
