@@ -518,6 +518,8 @@ def code_row(raw: dict) -> dict:
         asked = head = column(raw, "prompt").strip()  # imports, helpers and the function without a body
         shown = f"Complete this function:\n```python\n{asked}\n```"
         tests = split_check(f"{column(raw, 'test')}\n\ncheck({raw['entry_point']})")
+        body = ast.parse(asked).body  # its imports and helpers are the test's own, not the program's
+        setup = "\n".join(ast.unparse(n) for n in body if getattr(n, "name", "") != raw["entry_point"])
     else:
         asked = column(raw, "text", "question", "prompt").strip()
         head = f"try:\n exec({setup!r})\nexcept NameError:\n pass  # it names what the program defines"

@@ -477,9 +477,9 @@ def check(candidate):
 
 """}
 MBPP = {"task_id": 1, "text": "Write a function to add the fields of a pair.", "challenge_test_list": [],
-        "code": "def add(pair):\r\n  return pair.a + pair.b",
-        "test_list": ["assert add(Pair(1, 2)) == 3", "assert add(Pair(0, 0)) == 0"],
-        "test_setup_code": "class Pair:\n    def __init__(self, a, b):\n        self.a, self.b = a, b"}
+        "code": "def add(both):\r\n  return both[0] + both[1]",
+        "test_list": ["assert add(pair(1, 2)) == 3", "assert add(pair(0, 0)) == 0"],
+        "test_setup_code": "def pair(a, b):\n    return [a, b]"}
 
 
 def test_humaneval_rows():
@@ -508,17 +508,15 @@ def test_a_program_cannot_change_what_a_test_sets_up():
     row = code_row(MBPP)
     assert all(test in row["prompt"] for test in MBPP["test_list"])
     assert row["prompt"].startswith(MBPP["text"]) and row["prompt"].endswith(CODE)
-    assert code_reward(block("def add(pair: Pair):\n    return pair.a + pair.b"), row) == (1.0, RIGHT)
-    cheat = """class Pair:
-    def __init__(self, a, b):
-        self.a = self.b = self
-    def __add__(self, other):
-        return self
+    assert code_reward(block("def add(both):\n    return sum(pair(*both))"), row) == (1.0, RIGHT)
+    cheat = """class Any:
     def __eq__(self, other):
         return True
-def add(pair):
-    return pair.a + pair.b if type(pair) is Pair else 0"""
-    assert code_reward(block(cheat), row) == (0.5, WRONG)  # 0 is right once; 1.0 if Pair were its own
+def pair(a, b):
+    return Any()
+def add(both):
+    return both if type(both) is Any else 0"""
+    assert code_reward(block(cheat), row) == (0.5, WRONG)  # 0 is right once; 1.0 if pair were its own
 
 
 TREE = MBPP | {"text": "Write a tree and its depth.",
@@ -668,7 +666,7 @@ def test_drawings_show_the_end_of_the_answer():
     assert wide.startswith("> x = [1, 1") and len(wide) == 100
     assert tasks.draw_text(block("def f():\n    return 1"), code_row(MBPP)) == [
         "  Write a function to add the fields of a pair.", "> def f():", ">     return 1",
-        "= assert add(Pair(1, 2)) == 3"]
+        "= assert add(pair(1, 2)) == 3"]
 
 
 # --------------------------------------------------------------------------------------- where rows come from
@@ -924,3 +922,14 @@ def test_refused_tasks():
     for name in ("gsm8k", "math", "countdown", "mbpp", "humaneval"):
         with pytest.raises(ValueError, match=f"^{name} needs a model with a chat template$"):
             load(name, chat=False)
+
+
+def test_a_program_cannot_change_the_helpers_of_a_humaneval_test():
+    """`poly`, which the prompt defines and the test calls, is the test's own."""
+    prompt = ("def poly(xs, x):\n    return sum(c * x ** i for i, c in enumerate(xs))\n\n\n"
+              "def zero(xs):\n    \"\"\"A root of xs[0] + xs[1] x.\"\"\"\n")
+    row = code_row({"entry_point": "zero", "prompt": prompt,
+                    "test": "def check(candidate):\n    assert abs(poly([3, 1], candidate([3, 1]))) < 1e-4\n"})
+    assert code_reward("```python\ndef zero(xs):\n    return -xs[0] / xs[1]\n```", row)[0] == 1.0
+    cheat = "```python\ndef poly(*_):\n    return 0\n\n\ndef zero(xs):\n    return 7\n```"
+    assert code_reward(cheat, row)[0] == 0.0
