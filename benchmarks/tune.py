@@ -1,19 +1,21 @@
-"""The one protocol of tuning: the same grid for every method, on Sudoku solutions kept out of RL.
+"""The one protocol of tuning: the same settings for every method, on Sudoku solutions kept out of RL.
 
 Boards of 48 of the 228 training solutions are evaluated, those of the other 180 trained on; the held-out 60
-are not looked at. The grid is a half of lr x G x minibatches x prompts, two levels each (of each pair of
-factors all four combinations occur twice); seed 11 for all, then seed 12 for the three best of a method. A
-run is a process with one thread; one that is in results/tuning.jsonl is not repeated.
+are not looked at. Four settings span lr, G, minibatches and prompts, two seeds each. Every run has the same
+CPU time on one thread, is then stopped by ctrl-C, and evaluated; one that is in results/tuning.jsonl is not
+repeated.
 
-python benchmarks/tune.py [jobs]        as many at a time; about 45 minutes with 2 on 2 cores
+python benchmarks/tune.py [jobs]        as many at a time; about 40 minutes with 2 on 2 cores
 """
 
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,64 +32,62 @@ METHODS = {
     "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py --passes 2",
     "wd1++": "wd1.py --plusplus --K 4 --passes 1", "GDSD logp": "gdsd.py", "GDSD tlc": "gdsd.py --match tlc",
 }
-GRID = [f"--lr {lr} --G {G} --minibatches {mb} --prompts {prompts}"
-        for (i, lr), (j, G), (k, mb), (m, prompts) in itertools.product(
-            enumerate(("1e-4", "2e-4")), enumerate((8, 16)), enumerate((2, 4)), enumerate((16, 32)))
-        if (i + j + k + m) % 2 == 0]
-FIXED = "--updates 80 --eval_every 16 --eval_rows 512 --eval_threshold 0 --save_every 1000"
+SETTINGS = [
+    "--lr 1e-4 --G 8 --minibatches 4 --prompts 32", "--lr 1e-4 --G 16 --minibatches 4 --prompts 16",
+    "--lr 2e-4 --G 8 --minibatches 2 --prompts 16", "--lr 2e-4 --G 16 --minibatches 2 --prompts 32",
+]
+SECONDS = 75  # of CPU time, with start-up and the evaluation before training (some 10)
+FIXED = "--updates 10000 --eval_every 10000 --save_every 10000 --eval_rows 512 --eval_threshold 0"
 
 
-def boards(folder: Path) -> str:
+def boards(folder: str) -> str:
     """Write both parts; returns the flags that name them."""
     grids = sudoku_split()[0]
     for part, chosen, count in ((0, grids[48:], 8192), (1, grids[:48], 512)):
         pairs = zip(*sudoku_puzzles(chosen, count, np.random.default_rng([3, part])), strict=True)
         rows = [{"puzzle": "".join(map(str, p)), "solution": "".join(map(str, s))} for p, s in pairs]
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(folder, f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"--data {folder}/0.jsonl --test_data {folder}/1.jsonl"
 
 
-def done() -> dict[str, dict]:
-    """The runs there are, by command."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {row["command"]: row for row in map(json.loads, lines)}
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def launch(method: str, grid: str, seed: int, data: str, folder: Path):
+def launch(method: str, setting: str, seed: int, data: str, folder: str):
     """One run; its line is added to the results."""
-    command = f"{METHODS[method]} {grid} {FIXED} --seed {seed}"
-    out = folder / command.replace(" ", "")
-    argv = [sys.executable, *f"{command} {data} --out {out}".split()]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(argv, cwd=ROOT, env=env, check=True, capture_output=True)
+    command = f"{METHODS[method]} {setting} {FIXED} --seed {seed}"
+    out = Path(folder, command.replace(" ", ""))
+    quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                 stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *f"{command} {data} --out {out}".split()], **quiet)
+    while process.poll() is None and cpu_seconds(process.pid) < SECONDS:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, command
+    script = METHODS[method].split()[0]
+    subprocess.run([sys.executable, script, "--resume", out, "--eval_only"], check=True, **quiet)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    curve = [[row["update"], round(100 * row["eval_accuracy"], 1)] for row in lines if "eval_reward" in row]
-    last = [line for line in lines if "loss" in line][-1]
-    costs = {k: last[k] for k in last if k.startswith("nfe") or k in ("seconds", "entropy", "equal_groups")}
-    row = {"method": method, "command": f"python {command}", "seed": seed, "curve": curve, **costs,
+    after = json.loads((out / "evals.jsonl").read_text())["eval_accuracy"]
+    kept = ("update", "seconds", "entropy", "equal_groups", "nfe_rollout", "nfe_rollout_full", "nfe_update",
+            "nfe_update_full")
+    row = {"method": method, "command": f"python {command}", "setting": setting, "seed": seed,
+           "before": lines[0]["eval_accuracy"], "after": after, **{k: lines[-1][k] for k in kept},
            "commit": git_commit()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{method:10} {grid} {seed}: {curve[0][1]} -> {curve[-1][1]}, {last['seconds']:.0f} s", flush=True)
+    print(f"{method:10} {setting} {seed}: {row['before']:.1%} -> {after:.1%}, {row['update']} updates", flush=True)
 
 
 def tune(jobs: int):
+    rows = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
+    there = {(row["method"], row["setting"], row["seed"]) for row in rows}
+    missing = [job for seed in (11, 12) for job in itertools.product(METHODS, SETTINGS, [seed])
+               if job not in there]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        data = boards(Path(folder))
-
-        def run_all(wanted: list[tuple[str, str, int]]):
-            there = done()
-            missing = [job for job in wanted
-                       if f"python {METHODS[job[0]]} {job[1]} {FIXED} --seed {job[2]}" not in there]
-            list(pool.map(lambda job: launch(*job, data, Path(folder)), missing))
-
-        run_all([(method, grid, 11) for grid in GRID for method in METHODS])
-        best = []
-        for method in METHODS:
-            rows = [row for row in done().values() if row["method"] == method and row["seed"] == 11]
-            rows.sort(key=lambda row: -row["curve"][-1][1])
-            best += [(method, grid, 12) for row in rows[:3] for grid in GRID if f" {grid} " in row["command"]]
-        run_all(best)
+        data = boards(folder)
+        list(pool.map(lambda job: launch(*job, data, folder), missing))
 
 
 if __name__ == "__main__":

@@ -928,8 +928,8 @@ def test_a_program_cannot_change_the_helpers_of_a_humaneval_test():
     """`poly`, which the prompt defines and the test calls, is the test's own."""
     prompt = ("def poly(xs, x):\n    return sum(c * x ** i for i, c in enumerate(xs))\n\n\n"
               "def zero(xs):\n    \"\"\"A root of xs[0] + xs[1] x.\"\"\"\n")
-    row = code_row({"entry_point": "zero", "prompt": prompt,
-                    "test": "def check(candidate):\n    assert abs(poly([3, 1], candidate([3, 1]))) < 1e-4\n"})
+    test = "def check(candidate):\n    assert abs(poly([3, 1], candidate([3, 1]))) < 1e-4\n"
+    row = code_row({"entry_point": "zero", "prompt": prompt, "test": test})
     assert code_reward("```python\ndef zero(xs):\n    return -xs[0] / xs[1]\n```", row)[0] == 1.0
     cheat = "```python\ndef poly(*_):\n    return 0\n\n\ndef zero(xs):\n    return 7\n```"
     assert code_reward(cheat, row)[0] == 0.0

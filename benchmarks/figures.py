@@ -1,0 +1,78 @@
+"""The README's pictures: results/methods.png from results/runs.jsonl, results/tree.png from the tiny base.
+
+python benchmarks/figures.py
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import canvas, denoise, encode, generator  # noqa: E402
+from models import load_model  # noqa: E402
+from pretrain import base_folder  # noqa: E402
+from tasks import sudoku  # noqa: E402
+
+COLOURS = {"EGSPO-SA": "tab:orange", "wd1++": "tab:green", "RLDF": "tab:blue", "GDSD tlc": "tab:red",
+           "GDSD logp": "tab:purple", "wd1": "tab:gray"}
+
+
+def methods():
+    """Held-out accuracy over the seconds of RL: mean and standard deviation over the seeds."""
+    rows = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), constrained_layout=True)
+    for method, colour in COLOURS.items():
+        runs = [row for row in rows if row["method"] == method and row["kind"] == "default"]
+        seconds = statistics.mean(row["seconds"] / row["updates"] for row in runs)
+        points = list(zip(*(row["curve"] for row in runs), strict=True))
+        x = [point[0][0] * seconds / 60 for point in points]
+        mean = [statistics.mean(value for _, value in point) for point in points]
+        spread = [statistics.stdev(value for _, value in point) for point in points]
+        axes.plot(x, mean, color=colour, lw=2)
+        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        axes.annotate(f" {method} {mean[-1]:.0f}", (x[-1], mean[-1]), color=colour, va="center")
+    axes.set(xlabel="minutes of RL, one thread", ylabel="held-out boards solved, %", ylim=(0, 100))
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    figure.savefig(ROOT / "results" / "methods.png", dpi=130)
+
+
+def tree(prompt: int = 0, G: int = 8, S: int = 8):
+    """One group of the base's: a node is a distinct canvas, its number the rows that are there."""
+    model, row = load_model(str(base_folder())), sudoku().train[prompt]
+    tokens, mask = encode(model, [row["prompt"]] * G)
+    roll = denoise(model, tokens, mask, [generator("cpu", 1, "rollout", 0, prompt)], L=16, S=S, block=16)
+    states = torch.stack([canvas(roll, roll.step >= s) for s in range(S)], 1).tolist()  # (G, S, P+L)
+    order = sorted(range(G), key=lambda b: states[b])  # rows that stay together lie together
+    figure, axes = plt.subplots(figsize=(7.5, 2.6), constrained_layout=True)
+    place = {}
+    for s in range(S):
+        for state in {tuple(states[b][s]) for b in order}:
+            rows = [i for i, b in enumerate(order) if tuple(states[b][s]) == state]
+            place[s, state] = sum(rows) / len(rows)
+            parent = tuple(states[order[rows[0]]][s - 1])
+            if s:
+                axes.plot([s - 1, s], [place[s - 1, parent], place[s, state]], color="0.7", lw=1, zorder=1)
+            axes.scatter(s, place[s, state], 150, color="tab:orange", zorder=2)
+            axes.annotate(len(rows), (s, place[s, state]), ha="center", va="center", fontsize=8, zorder=3)
+    made = len(place)
+    assert made == roll.nfe
+    axes.set(xlabel=f"denoising step: {made} forwards instead of {G * S}", yticks=[], xticks=range(S))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(ROOT / "results" / "tree.png", dpi=130)
+
+
+if __name__ == "__main__":
+    tree()
+    methods()
