@@ -188,19 +188,9 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def denoise(
-    model: Denoiser,
-    prompt: Tensor,
-    prompt_mask: Tensor,
-    gens: list[torch.Generator],
-    *,
-    L: int,
-    S: int,
-    block: int,
-    temperature: float = 1.0,
-    order: str = "top_prob",
-    threshold: float | None = None,
-    guess: bool = False,
-    budget: int | None = None,
+    model: Denoiser, prompt: Tensor, prompt_mask: Tensor, gens: list[torch.Generator], *,
+    L: int, S: int, block: int, temperature: float = 1.0, order: str = "top_prob",
+    threshold: float | None = None, guess: bool = False, budget: int | None = None,
 ) -> Rollout:
     """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), block by block, left to right.
 
@@ -288,8 +278,7 @@ def denoise(
     x = x.masked_fill(x == model.mask_id, model.eos_id)  # only rows that ended early have masks left
     if guess:  # before a step it never took, a row was complete
         guesses = torch.where(guesses < 0, x[:, None], guesses)
-    recorded = logits.dtype
-    return Rollout(prompt, prompt_mask, x, step, logp.to(recorded), entropy.to(recorded),
+    return Rollout(prompt, prompt_mask, x, step, logp.to(logits.dtype), entropy.to(logits.dtype),
                    until_eos(x, model.end_ids), guesses, model.mask_id, S, nfe, nfe_full)
 
 
@@ -440,7 +429,7 @@ def reward_rows(
     ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
     if task.parallel:  # the reward waits for other processes
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(4 * os.cpu_count()) as pool:
             scored = list(pool.map(task.reward, texts, rows))
     else:
         scored = [task.reward(text, row) for text, row in zip(texts, rows, strict=True)]

@@ -77,7 +77,7 @@ def launch(method: str, setting: str, seed: int, data: str, folder: str):
            "commit": git_commit()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{method:10} {setting} {seed}: {row['before']:.1%} -> {after:.1%}, {row['update']} updates", flush=True)
+    print(f"{method:10} {setting} {seed}: {after:.1%} after {row['update']} updates", flush=True)
 
 
 def tune(jobs: int):

@@ -60,6 +60,29 @@ def test_recorded_log_probs_equal_rescored_ones(options, temperature):
     assert (other - roll.logp).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
+def test_the_head_is_not_rounded(device, monkeypatch):
+    """With a body in bf16 (on a CPU by its own autocast) log-probs are those of an exact head; a bf16 head is
+    off by hundredths, and the first ratio of an update would not be 1."""
+    model = sharp_model(OFTEN)
+    model.network.to(device)
+    if device == "cpu":
+        bf16 = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        monkeypatch.setattr(common.Denoiser, "autocast", lambda self: bf16)
+    prompt, mask = padded_prompts(model, G)
+    gens = [common.generator(device, g) for g in range(3)]
+    roll = denoise(model, prompt, mask, gens, L=L, S=S, block=BLOCK)
+    with torch.no_grad():
+        assert (rescored(model, roll, 1.0) - roll.logp).abs().max() < 2e-3
+        h = model.body(canvas(roll, roll.step >= 0), attention(mask, L))
+        exact = model.network.decoder.double()(model.network.head.double()(h.double()))[..., 4:]
+        model.network.float()
+        assert (model.head(h)[..., 4:] - exact).abs().max() < 1e-4
+        with model.autocast():
+            assert (model.network.decoder(model.network.head(h))[..., 4:] - exact).abs().max() > 1e-2
+
+
 def test_the_mask_token_has_no_share_in_a_log_prob():
     model = sharp_model()
     model.network.decoder.bias.data[model.mask_id] += 50
