@@ -146,7 +146,7 @@ def train(args: Args) -> float:
         adv = advantage(reward, args.G)  # (B,)
         gens = [generator(model.device, args.seed, "masks", run.update, i) for i in ids]
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
-        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2)
+        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2); at A = 0 c is held in place
         x = torch.stack([canvas(roll, half) for half in hidden.unbind(2)], 2)  # (B, num_mc, 2, P+L)
         c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
         c_ref = torch.zeros_like(c_old)

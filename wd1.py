@@ -123,12 +123,11 @@ def train(args: Args) -> float:
     optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
     run = Run(args, METHOD, model, task, optimizer)
-    G = args.G
 
     while not run.boundary():  # 1 save, evaluate
         # 2 roll out: G completions of each prompt
         ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(G)]
+        rows = [task.train[i] for i in ids for _ in range(args.G)]
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
         gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
         roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
@@ -163,8 +162,9 @@ def train(args: Args) -> float:
             run.counters["nfe_update_full"] += member.sum().item()
             if not args.plusplus:
                 gens = [generator(model.device, args.seed, "prompt mask", run.update, epoch, i) for i in ids]
-                some = hide_tokens(prompt[::G], prompt_mask[::G], args.hide_prompt, model.mask_id, gens)
-                shown = replace(roll, prompt=some.repeat_interleave(G, 0))
+                one = slice(None, None, args.G)  # a row of each prompt
+                some = hide_tokens(prompt[one], prompt_mask[one], args.hide_prompt, model.mask_id, gens)
+                shown = replace(roll, prompt=some.repeat_interleave(args.G, 0))
             x = canvas(shown, hidden)  # (B, K, P+L); in wd1 equal for the G rows of a prompt: one forward
             for batch in minibatches(args, pairs, run.update, epoch):
                 total = 0.0
@@ -177,7 +177,7 @@ def train(args: Args) -> float:
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
         # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, G), infos)
+        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
     return run.finish()
 
 
