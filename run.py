@@ -411,8 +411,11 @@ class Run:
 
         if self.counters["skipped"] and not self.counters["optimizer_steps"]:
             self.fail("no optimizer step was finite")
+        try:
+            save_model(self.model, self.out / "model")
+        except OSError as error:
+            self.fail(f"model/ cannot be written: {error}")
         self.close()
-        save_model(self.model, self.out / "model")
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         evals = [line for line in lines if "eval_accuracy" in line]
         plot(lines, self.out / "curve.png", f"{self.method} on {self.args.task}")
