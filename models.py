@@ -70,6 +70,7 @@ LLADA_CONFIG = {
     "attention_bias": "include_qkv_bias", "mlp_bias": "include_bias", "tie_word_embeddings": "weight_tying",
     "pad_token_id": "pad_token_id", "eos_token_id": "eos_token_id",
 }
+NOT_OURS = ("auto_map", "architectures", "model_type", "quantization_config")  # check_weights tells the last
 LLADA_FIXED = {  # in every release; another value would change the network but not the parameters' names
     "alibi": False, "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False,
     "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
@@ -82,9 +83,8 @@ MODERNBERT_CHAT = "[Question]\n{{ messages[0]['content'] | trim }}\n[/Question]\
 
 
 def locate(name: str, revision: str | None) -> str:
-    """The cached folder of a hub id, if its weights are all in the cache; otherwise the name itself.
-
-    What is there is not asked for: without network each question costs half a minute of retries."""
+    """The cached folder of a hub id whose weights are all in the cache, otherwise the name itself. What is
+    there is not asked for again: without network each question costs half a minute of retries."""
     wanted = ["*.json", "*.jinja", "*.txt", "model*.safetensors"]
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=wanted)
@@ -99,9 +99,8 @@ def is_block_diffusion(name: str, raw: dict, where: str) -> bool:
     """dllm's BD3LM is its A2D trained under a block-causal mask, and no field of config.json says so: only a
     name does (the hub's, or of its folder in a cache), or the trainer's arguments, a pickle never loaded."""
     named = re.search(r"bd3lm[^/]*(/snapshots/[^/]*)?$", str(Path(name).absolute()), re.IGNORECASE)
-    trainer = [file.read_bytes() for file in Path(where).glob("training_args.bin")]
     return bool(named or re.search('bd3lm|"block_size": [1-9]', json.dumps(raw), re.IGNORECASE)
-                or any(b"block_size" in saved for saved in trainer))
+                or any(b"block_size" in f.read_bytes() for f in Path(where).glob("training_args.bin")))
 
 
 def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedConfig]:
@@ -122,9 +121,7 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
             refuse(f"{name} is a causal {kind!r} model, never trained to fill masks")
         if kind.startswith("a2d") and is_block_diffusion(name, raw, where):
             refuse(f"{name} is a block-diffusion model (BD3LM), never trained to see what follows a block")
-        if raw.get("quantization_config"):
-            refuse(f"{name} is quantised: {raw['quantization_config']}")
-        fields = {k: v for k, v in raw.items() if k not in ("auto_map", "architectures", "model_type")}
+        fields = {k: v for k, v in raw.items() if k not in NOT_OURS}
         if kind == "llada":
             beyond = [k for k, v in LLADA_FIXED.items() if raw.get(k, v) != v]
             if beyond:
@@ -133,14 +130,12 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
             fields["vocab_size"] = raw.get("embedding_size") or raw["vocab_size"]
         if KINDS.get(kind) in ("qwen2", "qwen3"):  # the hub's code has no window, whatever config.json says
             fields |= {"use_sliding_window": False, "layer_types": None}
-        network, config = STOCK[KINDS.get(kind, kind)]
-        config = config.from_dict(fields)
-        config.is_causal = False
-        config.use_cache = False
+        config = STOCK[KINDS.get(kind, kind)][1].from_dict(fields)
+        config.is_causal = config.use_cache = False
         config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
         assert type(config.logits_shift) is bool, f"logits_shift {config.logits_shift!r}"
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            network(config)  # is there a network of these numbers?
+            STOCK[config.model_type][0](config)  # is there a network of these numbers?
     except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     return kind, raw, config
@@ -215,14 +210,14 @@ def load_model(
 
 def check_weights(name: str, network: PreTrainedModel, report: dict, folder: str):
     """from_pretrained draws a missing matrix at random, and takes codes of int8 or fp8 for the weights."""
-    wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
-    if wrong:
-        refuse(f"{name} does not hold the weights of its config.json: {wrong}")
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 if (stored := tensors.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
                     refuse(f"{name} holds no weights but codes of a quantised model: {key} is {stored}")
+    wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
+    if wrong:
+        refuse(f"{name} does not hold the weights of its config.json: {wrong}")
     for key, p in network.named_parameters():
         if not p.isfinite().all():
             refuse(f"{name} has NaN or inf among its weights, first in {key}")

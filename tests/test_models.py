@@ -516,7 +516,6 @@ REFUSED = {  # how it is written, and what the line must name
     "mask is true": ("dream", {"mask_token_id": True}, "True"),
     "mask is a fraction": ("dream", {"mask_token_id": 5.0}, "5.0"),
     "mask ends the answer": ("dream", {"mask_token_id": 261}, "261"),
-    "quantised": ("dream", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     "BD3LM once": ("a2d-qwen3", {"_name_or_path": "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"}, "block"),
     "BD3LM class": ("a2d-qwen2", {"architectures": ["A2DQwen2BD3LM"]}, "block"),
     "blocks": ("a2d-llama", {"block_size": 32}, "block"),
@@ -615,6 +614,16 @@ def test_refused_weights(what, tmp_path, capfd):
     write(layout, tmp_path)
     edit_weights(tmp_path, edit)
     assert needle in refused(capfd, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+def test_refused_quantised(method, tmp_path, capfd):
+    """With the field and the tensors of such a checkpoint. (transformers asks to install something first.)"""
+    write("dream", tmp_path, quantization_config={"quant_method": method, "bits": 4, "load_in_8bit": True})
+    load_model(str(tmp_path))  # a field alone does nothing: these weights are weights
+    name = "model.layers.0.mlp.up_proj."
+    edit_weights(tmp_path, lambda t: t.update({name + "qweight": t.pop(name + "weight").to(torch.int32)}))
+    assert "quantised" in refused(capfd, tmp_path)
 
 
 def test_refused_names_of_another_layout(tmp_path, capfd):
