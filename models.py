@@ -135,7 +135,8 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
         assert type(config.logits_shift) is bool, f"logits_shift {config.logits_shift!r}"
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            STOCK[config.model_type][0](config)  # is there a network of these numbers?
+            sizes = [p.numel() for p in STOCK[config.model_type][0](config).parameters()]
+        assert all(sizes), "a network without weights"
     except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     return kind, raw, config

@@ -504,6 +504,7 @@ REFUSED = {  # how it is written, and what the line must name
     "null in LLaDA": ("llada", {"n_layers": None}, "num_hidden_layers"),
     "a fraction": ("modernbert", {"num_attention_heads": 1.5}, "num_attention_heads"),
     "a negative size": ("modernbert", {"vocab_size": -1}, ""),
+    "a width of 0": ("dream", {"intermediate_size": 0}, "without weights"),
     "heads that do not divide": ("a2d-qwen2", {"num_key_value_heads": 3}, ""),
     "no such activation": ("dream", {"hidden_act": "wat"}, "wat"),
     "no such RoPE": ("dream", {"rope_scaling": {"rope_type": "wat"}}, "wat"),
