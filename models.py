@@ -17,13 +17,17 @@ ignored without a word, so load_model looks whether the last token moves the fir
 """
 
 import ctypes
+import json
 import os
 import platform
+import re
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, ModernBertConfig,
                           ModernBertForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config,
@@ -31,7 +35,7 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Moder
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from common import LOGITS, Denoiser, one_line, refuse
+from common import LOGITS, Denoiser, chat_prompt, one_line, refuse
 
 transformers_logging.disable_progress_bar()  # one bar at a time: ours
 transformers_logging.set_verbosity_error()  # what it would warn of, load_model refuses
@@ -66,9 +70,10 @@ LLADA_CONFIG = {
     "attention_bias": "include_qkv_bias", "mlp_bias": "include_bias", "tie_word_embeddings": "weight_tying",
     "pad_token_id": "pad_token_id", "eos_token_id": "eos_token_id",
 }
+NOT_OURS = ("auto_map", "architectures", "model_type", "quantization_config")  # check_weights tells the last
 LLADA_FIXED = {  # in every release; another value would change the network but not the parameters' names
     "alibi": False, "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False,
-    "activation_type": "silu", "layer_norm_type": "rms",
+    "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
 }
 
 MASKS = ("<|mask|>", "<|mdm_mask|>")
@@ -77,14 +82,36 @@ ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "[/Answer]")  # any of them
 MODERNBERT_CHAT = "[Question]\n{{ messages[0]['content'] | trim }}\n[/Question]\n\n[Answer]\n\n"
 
 
+def locate(name: str, revision: str | None) -> str:
+    """The cached folder of a hub id whose weights are all in the cache, otherwise the name itself. What is
+    there is not asked for again: without network each question costs half a minute of retries."""
+    wanted = ["*.json", "*.jinja", "*.txt", "model*.safetensors"]
+    try:
+        folder = snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=wanted)
+        index = Path(folder, "model.safetensors.index.json")
+        files = json.loads(index.read_text())["weight_map"] if index.exists() else {"": "model.safetensors"}
+        return folder if all(Path(folder, file).exists() for file in files.values()) else name
+    except Exception:  # not there, or not whole; or a local folder, which is no hub id
+        return name
+
+
+def is_block_diffusion(name: str, raw: dict, where: str) -> bool:
+    """dllm's BD3LM is its A2D trained under a block-causal mask, and no field of config.json says so: only a
+    name does (the hub's, or of its folder in a cache), or the trainer's arguments, a pickle never loaded."""
+    named = re.search(r"bd3lm[^/]*(/snapshots/[^/]*)?$", str(Path(name).absolute()), re.IGNORECASE)
+    return bool(named or re.search('bd3lm|"block_size": [1-9]', json.dumps(raw), re.IGNORECASE)
+                or any(b"block_size" in f.read_bytes() for f in Path(where).glob("training_args.bin")))
+
+
 def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedConfig]:
     """(model_type, config.json as it is, config for the stock class). Refuses what is no such model."""
     hub_id = name.count("/") == 1 and name[0] not in "./~"
     if not Path(name).is_dir() and not hub_id:
         refuse(f"unknown model {name!r}: use 'tiny', a transformers folder, or a hub id such as "
                "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1")
+    where = locate(name, revision)
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
+        raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
         kind = raw.get("model_type")
         if kind not in STOCK and kind not in KINDS:
             refuse(f"{name} is a {kind!r} model; the kinds that can be loaded are: "
@@ -92,19 +119,26 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         stays_causal = kind in ("llama", "qwen2", "qwen3") and raw.get("is_causal") is not False
         if stays_causal or raw.get("is_causal"):
             refuse(f"{name} is a causal {kind!r} model, never trained to fill masks")
-        fields = {k: v for k, v in raw.items() if k not in ("auto_map", "architectures", "model_type")}
+        if kind.startswith("a2d") and is_block_diffusion(name, raw, where):
+            refuse(f"{name} is a block-diffusion model (BD3LM), never trained to see what follows a block")
+        fields = {k: v for k, v in raw.items() if k not in NOT_OURS}
         if kind == "llada":
             beyond = [k for k, v in LLADA_FIXED.items() if raw.get(k, v) != v]
             if beyond:
                 refuse(f"{name} is a LLaDA that is no Llama: {', '.join(f'{k} {raw[k]!r}' for k in beyond)}")
             fields = {ours: raw[theirs] for ours, theirs in LLADA_CONFIG.items()}
             fields["vocab_size"] = raw.get("embedding_size") or raw["vocab_size"]
+        if KINDS.get(kind) in ("qwen2", "qwen3"):  # the hub's code has no window, whatever config.json says
+            fields |= {"use_sliding_window": False, "layer_types": None}
         config = STOCK[KINDS.get(kind, kind)][1].from_dict(fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        config.is_causal = config.use_cache = False
+        config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
+        assert type(config.logits_shift) is bool, f"logits_shift {config.logits_shift!r}"
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            sizes = [p.numel() for p in STOCK[config.model_type][0](config).parameters()]
+        assert all(sizes), "a network without weights"
+    except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
         refuse(f"{name} cannot be loaded: {one_line(error)}")
-    config.is_causal = False
-    config.use_cache = False
-    config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
     return kind, raw, config
 
 
@@ -112,19 +146,27 @@ def read_ids(
     name: str, raw: dict, tokenizer: PreTrainedTokenizerBase, V: int, mask_id: int | None
 ) -> tuple[int, int, int, tuple[int, ...]]:
     """(mask_id, eos_id, pad_id, end_ids). A mask token is named in config.json, by the tokenizer, or by what
-    everybody calls it; an explicit one counts before all. Refuses a model without."""
+    everybody calls it; an explicit one is for a model without, or chooses. Refuses what cannot be right."""
     vocabulary = tokenizer.get_vocab()
+    words, last = len(vocabulary.keys() - tokenizer.get_added_vocab()), max(vocabulary.values(), default=-1)
+    if words < 2 or last >= V:
+        refuse(f"{name} has a tokenizer of {words} ordinary tokens, ids up to {last}; its network has {V}")
     named = (raw.get("mask_token_id"), tokenizer.mask_token_id, *map(vocabulary.get, MASKS))
-    masks = [i for i in (mask_id, *named) if i is not None]
-    if not masks:
+    masks = [i for i in named if i is not None] or [mask_id]
+    if mask_id not in (None, *masks):
+        refuse(f"--mask_id {mask_id} is not the mask token of {name}: that is {masks[0]}")
+    mask = masks[0] if mask_id is None else mask_id
+    if mask is None:
         refuse(f"{name} does not say which token is its mask: give its id with --mask_id")
-    if masks[0] not in range(V):
-        refuse(f"mask id {masks[0]} is outside {name}'s vocabulary of {V}")
+    if type(mask) is not int or mask not in range(V):
+        refuse(f"mask id {mask!r} is outside {name}'s vocabulary of {V}")
     eos = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]  # ModernBERT: pad
     if not eos:
         refuse(f"{name} has no token that ends an answer; it has {tokenizer.special_tokens_map}")
     end_ids = tuple(dict.fromkeys([eos[0], *(vocabulary[t] for t in ENDS if t in vocabulary)]))
-    return masks[0], eos[0], eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id, end_ids
+    if mask in end_ids:
+        refuse(f"{name} has {mask} for its mask, a token that ends an answer")
+    return mask, eos[0], eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id, end_ids
 
 
 def load_model(
@@ -139,32 +181,47 @@ def load_model(
     revision: commit or branch on the hub. mask_id: for a checkpoint that does not name its mask token.
     Refuses (exit 2) what is no masked diffusion model, lacks a weight or has one too many, or is causal."""
     kind, raw, config = read_config(name, revision)
-    hub = {"revision": revision or "main"}
-    names = LLADA_NAMES if kind == "llada" else None
+    where, hub = locate(name, revision), {"revision": revision or "main"}
     try:  # Dream's own tokenizer class is remote code over Qwen2's files
         tokenizer_class = Qwen2Tokenizer if kind == "Dream" else PreTrainedTokenizerFast
-        tokenizer = tokenizer_class.from_pretrained(name, **hub)
+        tokenizer = tokenizer_class.from_pretrained(where, **hub)
+        ids = read_ids(name, raw, tokenizer, config.vocab_size, mask_id)
+        if kind == "modernbert" and tokenizer.chat_template is None and "[CLS]" in tokenizer.get_vocab():
+            tokenizer.chat_template = MODERNBERT_CHAT  # "tiny" has no words to chat with
+        model = Denoiser(None, tokenizer, *ids, config.logits_shift)  # prompts first: weights take minutes
+        texts = [chat_prompt(model, text) for text in ("one", "two")] if tokenizer.chat_template else [""]
+        if len(tokenizer(texts)["input_ids"]) > len(set(texts)):
+            refuse(f"{name} has a chat template that leaves the user's message out")
         network, report = STOCK[config.model_type][0].from_pretrained(
-            name, config=config, key_mapping=names, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True, **hub)
-    except Exception as error:  # of any kind: tokenizers raises bare ones
+            where, config=config, key_mapping=LLADA_NAMES if kind == "llada" else None, dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True, **hub)
+        check_weights(name, network, report, locate(name, revision))
+        model.network = network.eval().to(device)
+        if not is_bidirectional(model):
+            refuse(f"{name} is causal: a masked position does not see the tokens after it")
+    except Exception as error:  # of any kind: tokenizers raises bare ones, a template whatever it likes
         refuse(f"{name} cannot be loaded: {one_line(error)}")
-    wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
-    if wrong:  # a missing key would be random weights, with no more than a log line
-        refuse(f"{name} does not hold the weights of its config.json: {wrong}")
-    ids = read_ids(name, raw, tokenizer, config.vocab_size, mask_id)
-    if kind == "modernbert" and tokenizer.chat_template is None and "[CLS]" in tokenizer.get_vocab():
-        tokenizer.chat_template = MODERNBERT_CHAT  # "tiny" has no words to chat with
     network.config.mask_token_id = ids[0]
     network.generation_config = GenerationConfig()  # theirs is for generate(), and Dream's cannot be saved
     tokenizer.init_kwargs.pop("auto_map", None)  # names a file that is not saved
-    network.eval().to(device)
     if gradient_checkpointing:
         checkpoint_layers(network)
-    model = Denoiser(network, tokenizer, *ids, config.logits_shift)
-    if not is_bidirectional(model):
-        refuse(f"{name} is causal: a masked position does not see the tokens after it")
     return model
+
+
+def check_weights(name: str, network: PreTrainedModel, report: dict, folder: str):
+    """from_pretrained draws a missing matrix at random, and takes codes of int8 or fp8 for the weights."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                if (stored := tensors.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    refuse(f"{name} holds no weights but codes of a quantised model: {key} is {stored}")
+    wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
+    if wrong:
+        refuse(f"{name} does not hold the weights of its config.json: {wrong}")
+    for key, p in network.named_parameters():
+        if not p.isfinite().all():
+            refuse(f"{name} has NaN or inf among its weights, first in {key}")
 
 
 def checkpoint_layers(network: PreTrainedModel):
@@ -178,11 +235,17 @@ def checkpoint_layers(network: PreTrainedModel):
 
 @torch.no_grad()
 def is_bidirectional(model: Denoiser) -> bool:
-    """Does changing the last token move the first prediction? (Measured: a causal mask fails silently.)"""
+    """Does changing tokens move the predictions before them? (Measured: a causal mask fails silently.)
+
+    Raises ValueError where that tells nothing: predictions are NaN, or do not move behind them either."""
     x = torch.full((2, 8), model.mask_id, device=model.device)
-    x[1, -1] = model.eos_id
-    h = model.body(x, None)[:, 1]  # position 1: a shifted model reads it at position 0
-    return not torch.equal(h[0], h[1])
+    x[1, 2:6] = model.eos_id
+    z = model.head(model.body(x, None)[:, [1, -1]])  # made at positions 0 and 6 of a shifted network
+    if not z[..., torch.arange(model.V) != model.mask_id].isfinite().all():
+        raise ValueError("its predictions are NaN or inf")
+    if torch.equal(*z[:, 1]):
+        raise ValueError("its predictions are the same whatever the other tokens: is a matrix all zero?")
+    return not torch.equal(*z[:, 0])
 
 
 def save_model(model: Denoiser, folder: Path):

@@ -203,6 +203,21 @@ def test_a_tied_head_may_be_absent(layout, tied, tmp_path):
     assert_same(logits(model), expected(layout, written), model)
 
 
+WINDOWS = [{}, {"layer_types": ["full_attention", "sliding_attention"]}, {"layer_types": None}]
+
+
+@pytest.mark.parametrize("layout", ["dream", "a2d-qwen3", "a2d-qwen2"])
+@pytest.mark.parametrize("how", WINDOWS)
+def test_no_window(layout, how, tmp_path):
+    """The hub's modelling code of these lets every token see every other, whatever config.json says."""
+    window = dict(use_sliding_window=True, sliding_window=2, max_window_layers=0)
+    written = write(layout, tmp_path / "hub", **window, **how)
+    model = load_model(str(tmp_path / "hub"))
+    assert_same(logits(model), expected(layout, written), model)
+    models.save_model(model, tmp_path / "saved")
+    assert torch.equal(logits(load_model(str(tmp_path / "saved"))), logits(model))
+
+
 def test_sharded_weights(tmp_path, capfd):
     written = write("llada", tmp_path, shards=2)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
@@ -234,12 +249,11 @@ MASKS = [  # layout, how it is written, mask_id=, the id or token that counts
     ("a2d-qwen3", {"special": {"mask_token": "<|im_start|>"}}, None, "<|im_start|>"),  # its mask token next
     ("a2d-qwen2", {}, None, "<|mask|>"),  # then a token of that name
     ("llada", {"mask_token_id": DROP}, None, "<|mdm_mask|>"),
-    ("llada", {}, 9, 9),  # the argument before all of them
-    ("llada", {}, 0, 0),
-    ("a2d-qwen3", {}, 9, 9),
-    ("a2d-qwen2", NO_MASK, 9, 9),
+    ("llada", {}, 265, "<|mdm_mask|>"),  # an argument may repeat it
+    ("a2d-qwen3", {"mask_token_id": 7}, 266, "<|mask|>"),  # or choose where the two disagree
+    ("a2d-qwen2", NO_MASK, 9, 9),  # or say what nobody says
     ("a2d-qwen2", NO_MASK, 0, 0),
-    ("a2d-qwen2", {}, 287, 287),  # a row of the matrices that is no token
+    ("a2d-qwen2", NO_MASK, 287, 287),  # a row of the matrices that is no token
 ]
 
 
@@ -415,6 +429,40 @@ def test_revision(tmp_path, monkeypatch):
         assert_same(logits(model), expected("dream", written[ref]), model)
 
 
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to reach a host, which fails at once."""
+    attempts = []
+
+    def fail(*address, **_):
+        attempts.append(address)
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+    monkeypatch.setattr("socket.create_connection", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return attempts
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("layout", ["llada", "dream", "a2d-qwen3"])
+def test_a_cached_model_needs_no_network(layout, shards, tmp_path, monkeypatch, no_network):
+    """Nothing is asked, or it would be asked again and again for minutes."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "models--somebody--model", 40 * "c"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    written = write(layout, repo / "snapshots" / commit, shards=shards)
+    models.read_config("somebody/model", None)
+    for revision in (None, "main", commit):
+        model = load_model("somebody/model", revision=revision)
+        assert_same(logits(model), expected(layout, written), model)
+    assert not no_network
+    assert models.locate("somebody/model", "other") == "somebody/model"
+    next((repo / "snapshots" / commit).glob("*.safetensors")).unlink()  # a download that was interrupted
+    assert models.locate("somebody/model", None) == "somebody/model"
+
+
 def refused(capfd, name, **arguments) -> str:
     """The line with which load_model refuses, less the name; nothing else is printed, exit status 2."""
     capfd.readouterr()
@@ -441,6 +489,7 @@ REFUSED = {  # how it is written, and what the line must name
     "mask outside": ("llada", {"mask_token_id": 320}, "320"),
     "mask negative": ("llada", {"mask_token_id": -1}, "-1"),
     "alibi": ("llada", {"alibi": True, "rope": False}, "alibi"),
+    "no rope": ("llada", {"rope": False}, "rope"),
     "scaled logits": ("llada", {"scale_logits": True}, "scale_logits"),
     "input norm": ("llada", {"input_emb_norm": True}, "input_emb_norm"),
     "another activation": ("llada", {"activation_type": "gelu"}, "activation_type"),
@@ -448,6 +497,29 @@ REFUSED = {  # how it is written, and what the line must name
     "fewer layers": ("a2d-llama", {"num_hidden_layers": 1}, "layers.1."),
     "more layers": ("llada", {"n_layers": 3}, "layers.2."),
     "more rows": ("dream", {"vocab_size": 400}, "embed_tokens"),
+    "text for a number": ("dream", {"hidden_size": "64"}, "hidden_size"),
+    "text in LLaDA": ("llada", {"rope_theta": "500000"}, ""),
+    "a list of layers": ("a2d-qwen3", {"num_hidden_layers": [2]}, "num_hidden_layers"),
+    "null": ("a2d-llama", {"intermediate_size": None}, "intermediate_size"),
+    "null in LLaDA": ("llada", {"n_layers": None}, "num_hidden_layers"),
+    "a fraction": ("modernbert", {"num_attention_heads": 1.5}, "num_attention_heads"),
+    "a negative size": ("modernbert", {"vocab_size": -1}, ""),
+    "a width of 0": ("dream", {"intermediate_size": 0}, "without weights"),
+    "heads that do not divide": ("a2d-qwen2", {"num_key_value_heads": 3}, ""),
+    "no such activation": ("dream", {"hidden_act": "wat"}, "wat"),
+    "no such RoPE": ("dream", {"rope_scaling": {"rope_type": "wat"}}, "wat"),
+    "RoPE list": ("dream", {"rope_scaling": [1]}, "rope_parameters"),
+    "no such dtype": ("modernbert", {"torch_dtype": [2]}, ""),
+    "eps NaN": ("dream", {"rms_norm_eps": float("nan")}, "NaN"),
+    "type is a list": ("a2d-llama", {"model_type": ["llama"]}, ""),
+    "shift is a number": ("a2d-llama", {"logits_shift": 2}, "logits_shift"),
+    "mask is text": ("dream", {"mask_token_id": "5"}, "'5'"),
+    "mask is true": ("dream", {"mask_token_id": True}, "True"),
+    "mask is a fraction": ("dream", {"mask_token_id": 5.0}, "5.0"),
+    "mask ends the answer": ("dream", {"mask_token_id": 261}, "261"),
+    "BD3LM once": ("a2d-qwen3", {"_name_or_path": "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"}, "block"),
+    "BD3LM class": ("a2d-qwen2", {"architectures": ["A2DQwen2BD3LM"]}, "block"),
+    "blocks": ("a2d-llama", {"block_size": 32}, "block"),
 }
 
 
@@ -460,17 +532,72 @@ def test_refused_config(what, tmp_path, capfd):
     assert needle in refused(capfd, tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["llada", "a2d-qwen2"])
 @pytest.mark.parametrize("mask_id", [320, -1, 10**6])
-def test_refused_mask_argument(mask_id, tmp_path, capfd):
-    write("llada", tmp_path)
+def test_refused_mask_argument(layout, mask_id, tmp_path, capfd):
+    write(layout, tmp_path, **NO_MASK if layout == "a2d-qwen2" else {})
     assert str(mask_id) in refused(capfd, tmp_path, mask_id=mask_id)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_argument_does_not_contradict(layout, tmp_path, capfd):
+    """An id of a letter, of the end of an answer, and of another special token."""
+    ids = write(layout, tmp_path)["ids"]
+    for mask_id in (4, ids[FACTS[layout][1]], min(ids.values())):
+        assert f"{ids[FACTS[layout][0]]}" in refused(capfd, tmp_path, mask_id=mask_id)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B-diffusion-bd3lm-v0.1", "BD3LM", "checkpoint-final",
+                                  "models--dllm-hub--Qwen3-0.6B-diffusion-bd3lm-v0.1/snapshots/" + 40 * "a"])
+def test_refused_block_diffusion(name, tmp_path, capfd):
+    """dllm's layout of MDLM and BD3LM is the same: the name tells, or the arguments its trainer saves."""
+    write("a2d-qwen3", tmp_path / name)
+    if name == "checkpoint-final":
+        load_model(str(tmp_path / name))
+        torch.save(SimpleNamespace(block_size=32), tmp_path / name / "training_args.bin")
+    assert "block" in refused(capfd, tmp_path / name)
+
+
+def test_a_name_on_the_way_is_no_sign(tmp_path):
+    write("a2d-qwen3", tmp_path / "bd3lm" / "mdlm")
+    torch.save(SimpleNamespace(learning_rate=1.0), tmp_path / "bd3lm" / "mdlm" / "training_args.bin")
+    load_model(str(tmp_path / "bd3lm" / "mdlm"))
+    write("dream", tmp_path / "not-bd3lm")
+    load_model(str(tmp_path / "not-bd3lm"))
 
 
 def truncate(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
 
 
+def every(function):
+    return lambda tensors: tensors.update({k: function(v.float()) for k, v in tensors.items()})
+
+
+def fill(key, value):
+    """One number of one tensor: the last."""
+    def edit(tensors):
+        tensors[key] = tensors[key].double()
+        tensors[key].view(-1)[-1] = value
+    return edit
+
+
+QUANTISED = {"int8": torch.int8, "uint8": torch.uint8, "fp8": torch.float8_e4m3fn, "bool": torch.bool}
 DAMAGE = {
+    "NaN": ("dream", fill("model.layers.1.mlp.up_proj.weight", torch.nan), "layers.1.mlp.up_proj.weight"),
+    "inf": ("llada", fill("model.transformer.ff_out.weight", torch.inf), "lm_head.weight"),
+    "-inf": ("a2d-qwen3", fill("model.layers.0.self_attn.q_norm.weight", -torch.inf), "q_norm"),
+    "NaN in a bias": ("modernbert", fill("decoder.bias", torch.nan), "decoder.bias"),
+    "inf once fp32": ("dream", fill("model.norm.weight", 1e300), "model.norm.weight"),
+    "overflow": ("dream", every(lambda v: v * 1e30), "NaN or inf"),
+    "all NaN": ("a2d-llama", every(lambda v: v * torch.nan), "NaN or inf"),
+    "one matrix of zeros": ("dream", lambda t: t["lm_head.weight"].zero_(), "zero"),
+    "no embeddings": ("a2d-llama", lambda t: t["model.embed_tokens.weight"].zero_(), "zero"),
+    **{f"zeros, {layout}": (layout, every(torch.zeros_like), "zero") for layout in LAYOUTS},
+    **{what: ("dream", every(lambda v, t=t: (40 * v).clamp(0, 127).to(t)), "quantised")
+       for what, t in QUANTISED.items()},
+    "one in int8": ("llada", lambda t: t.update({"model.transformer.ln_f.weight": torch.ones(64).char()}),
+                    "ln_f.weight is I8"),
     "missing key": ("llada", lambda t: t.pop("model.transformer.blocks.1.up_proj.weight"), "up_proj"),
     "missing head": ("dream", lambda t: t.pop("lm_head.weight"), "lm_head"),
     "missing bias": ("a2d-qwen2", lambda t: t.pop("model.layers.0.self_attn.k_proj.bias"), "k_proj"),
@@ -490,6 +617,16 @@ def test_refused_weights(what, tmp_path, capfd):
     assert needle in refused(capfd, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+def test_refused_quantised(method, tmp_path, capfd):
+    """With the field and the tensors of such a checkpoint. (transformers asks to install something first.)"""
+    write("dream", tmp_path, quantization_config={"quant_method": method, "bits": 4, "load_in_8bit": True})
+    load_model(str(tmp_path))  # a field alone does nothing: these weights are weights
+    name = "model.layers.0.mlp.up_proj."
+    edit_weights(tmp_path, lambda t: t.update({name + "qweight": t.pop(name + "weight").to(torch.int32)}))
+    assert "quantised" in refused(capfd, tmp_path)
+
+
 def test_refused_names_of_another_layout(tmp_path, capfd):
     """LLaDA's tensors beside a Llama config, which is what an ordinary save_pretrained leaves behind."""
     write("a2d-llama", tmp_path)
@@ -500,7 +637,65 @@ def test_refused_names_of_another_layout(tmp_path, capfd):
     refused(capfd, tmp_path)
 
 
+def tokenizer_config(**changes):
+    def edit(folder):
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return edit
+
+
+PROMPTS_BROKEN = {
+    "template raises": ("dream", {"chat_template": "{{ raise_exception('no user') }}"}, "no user"),
+    "template does not parse": ("dream", {"chat_template": "{% for m in messages %}"}, "endfor"),
+    "template of another form": ("dream", {"chat_template": "{{ messages[0].parts[0].text }}"}, "parts"),
+    "template is a number": ("dream", {"chat_template": 5}, "TypeError"),
+    "template for tools alone": ("dream", {"chat_template": [{"name": "tools", "template": ""}]}, "default"),
+    "template without end": ("llada", {"chat_template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"},
+                             "recursion"),
+    "template without the message": ("llada", {"chat_template": "Answer:"}, "message"),
+    "a length that is text": ("a2d-llama", {"model_max_length": "long"}, "TypeError"),
+    "an end that is a number": ("a2d-llama", {"eos_token": 5}, "eos_token"),
+    "tokens the network lacks": ("a2d-llama", {"additional_special_tokens": [f"<{i}>" for i in range(60)]},
+                                 "288"),
+}
+
+
+@pytest.mark.parametrize("what", PROMPTS_BROKEN)
+def test_refused_tokenizer(what, tmp_path, capfd):
+    """Before the weights are looked for: they may be large."""
+    layout, changes, needle = PROMPTS_BROKEN[what]
+    write(layout, tmp_path)
+    tokenizer_config(**changes)(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert needle in refused(capfd, tmp_path)
+
+
+def test_refused_template_file(tmp_path, capfd):
+    write("a2d-qwen3", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    assert "ZeroDivisionError" in refused(capfd, tmp_path)
+
+
+@pytest.mark.parametrize("gone", [["vocab.json"], ["merges.txt"], ["vocab.json", "merges.txt"],
+                                  ["vocab.json", "merges.txt", "added_tokens.json"]])
+def test_refused_without_a_vocabulary(gone, tmp_path, capfd):
+    """Dream's files: without both, transformers makes a tokenizer of the special tokens alone."""
+    write("dream", tmp_path)
+    for file in gone:
+        (tmp_path / file).unlink()
+    assert re.search("vocab|ordinary", refused(capfd, tmp_path))
+
+
 BROKEN = {
+    "config deep": lambda folder: (folder / "config.json").write_text("[" * 10**5),
+    "config not text": lambda folder: (folder / "config.json").write_bytes(b'{"model_type": "\xe9"}'),
+    "config of many digits": lambda folder: (folder / "config.json").write_text("9" * 5000),
+    "pointer": lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com"),
+    "empty weights": lambda folder: (folder / "model.safetensors").write_text(""),
+    "tokenizer of nothing": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "tokenizer is a list": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "index of nothing": lambda folder: (folder / "model.safetensors").rename(folder / "x.safetensors")
+    and (folder / "model.safetensors.index.json").write_text("{}"),
     "weights cut off": truncate("model.safetensors"),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "no config": lambda folder: (folder / "config.json").unlink(),
