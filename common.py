@@ -50,7 +50,7 @@ def refuse(message: str):
 
 
 def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def generator(device: torch.device | str, *key) -> torch.Generator:

@@ -31,7 +31,7 @@ class Flags:
     """What every method's command line has; the Args of a method add what its reader needs to see."""
 
     model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
-    revision: str | None = None  # of the hub id
+    revision: str | None = None  # of the hub id; without one a cached copy is used as it is
     mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
     task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
     data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
