@@ -40,8 +40,8 @@ class Flags:
     out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
     resume: str = ""  # go on with this run folder
     eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
-    eval_every: int = 20  # updates between evaluations on the held-out rows
-    eval_threshold: float = 0.9  # evaluate adaptive decoding with this threshold as well; 0: do not
+    eval_every: int = 25  # updates between evaluations on the held-out rows
+    eval_threshold: float = 0.9  # evaluate adaptive decoding, too, before and after training; 0: do not
     eval_rows: int = 1024  # held-out rows evaluated, at most
     save_every: int = 10  # updates between checkpoints
     budget: int = 8448  # most tokens in one forward
@@ -171,12 +171,12 @@ def load_task(args, model: Denoiser) -> Task:
 # --------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(args, model: Denoiser, task: Task) -> tuple[dict, list[tuple]]:
+def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[dict, list[tuple]]:
     """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics, eval_* of fixed
     S and threshold_* of adaptive decoding, and of each row the text and whether it is correct (fixed S)."""
     prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test])
     metrics, answers = {}, []
-    for kind, threshold in (("eval", None), ("threshold", args.eval_threshold)):
+    for kind, threshold in (("eval", None), ("threshold", args.eval_threshold * adaptive)):
         if threshold == 0:
             continue
         roll = denoise(model, prompt, prompt_mask, [], L=args.L, S=args.S, block=args.block, temperature=0,
@@ -337,9 +337,10 @@ class Run:
         sys.exit(f"error: {why}; {self.out} {kept}")
 
     def evaluate(self):
-        """Evaluate and log; the run's clock stands still meanwhile."""
+        """Evaluate (adaptively at the start and the end alone) and log; the run's clock stands still."""
         begin = time.perf_counter()
-        metrics, self.answers = evaluate(self.args, self.model, self.task)
+        adaptive = self.update in (0, self.args.updates)
+        metrics, self.answers = evaluate(self.args, self.model, self.task, adaptive)
         self.log(metrics)
         tqdm.write(f"update {self.update}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin

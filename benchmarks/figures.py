@@ -22,30 +22,36 @@ from models import load_model  # noqa: E402
 from pretrain import base_folder  # noqa: E402
 from tasks import sudoku  # noqa: E402
 
-COLOURS = {"EGSPO-SA": "tab:orange", "wd1++": "tab:green", "RLDF": "tab:blue", "GDSD tlc": "tab:red",
-           "GDSD logp": "tab:purple", "wd1": "tab:gray"}
+COLOURS = {"EGSPO-SA": "tab:orange", "wd1++": "tab:green", "RLDF": "tab:blue", "GDSD (`logp`)": "tab:purple",
+           "GDSD (`tlc`)": "tab:red", "wd1": "tab:gray"}
 
 
 def methods():
-    """Held-out accuracy over the seconds of RL: mean and standard deviation over the seeds."""
+    """Held-out accuracy over the updates: mean and standard deviation over the seeds."""
     rows = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7.5, 4.2), constrained_layout=True)
+    ends = []
     for method, colour in COLOURS.items():
-        runs = [row for row in rows if row["method"] == method and row["kind"] == "default"]
-        seconds = statistics.mean(row["seconds"] / row["updates"] for row in runs)
-        points = list(zip(*(row["curve"] for row in runs), strict=True))
-        x = [point[0][0] * seconds / 60 for point in points]
-        mean = [statistics.mean(value for _, value in point) for point in points]
-        spread = [statistics.stdev(value for _, value in point) for point in points]
+        curves = [row["curve"] for row in rows if row["method"] == method]
+        x = [update for update, *_ in curves[0]]
+        points = [[100 * solved for _, solved, _ in point] for point in zip(*curves, strict=True)]
+        mean, spread = map(statistics.mean, points), map(statistics.stdev, points)
+        mean, spread = list(mean), list(spread)
         axes.plot(x, mean, color=colour, lw=2)
         low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        axes.annotate(f" {method} {mean[-1]:.0f}", (x[-1], mean[-1]), color=colour, va="center")
-    axes.set(xlabel="minutes of RL, one thread", ylabel="held-out boards solved, %", ylim=(0, 100))
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
+        ends.append([mean[-1], x[-1], f" {method.replace('`', '')}: {mean[-1]:.0f} %", colour])
+    height = 0
+    for y, x, label, colour in sorted(ends):  # from below, so that labels do not overlap
+        height = max(y, height + 4) if y - height < 4 else y
+        axes.annotate(label, (x, y), (103, height), color=colour, va="center",
+                      arrowprops=dict(arrowstyle="-", color=colour, lw=0.5))
+    axes.set(xlabel="updates", ylabel="held-out boards solved, %", xlim=(0, 132), ylim=(20, 75),
+             xticks=range(0, 101, 20))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     figure.savefig(ROOT / "results" / "methods.png", dpi=130)
+    plt.close(figure)
 
 
 def tree(prompt: int = 0, G: int = 8, S: int = 8):
@@ -68,6 +74,7 @@ def tree(prompt: int = 0, G: int = 8, S: int = 8):
             axes.annotate(len(rows), (s, place[s, state]), ha="center", va="center", fontsize=8, zorder=3)
     made = len(place)
     assert made == roll.nfe
+    axes.margins(y=0.12)
     axes.set(xlabel=f"denoising step: {made} forwards instead of {G * S}", yticks=[], xticks=range(S))
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(ROOT / "results" / "tree.png", dpi=130)
