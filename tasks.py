@@ -239,6 +239,12 @@ def sudoku_grids() -> np.ndarray:
     return everything[right[0] & right[1]].reshape(-1, 16)
 
 
+@functools.cache
+def sudoku_solutions() -> frozenset[str]:
+    """The grids as 16 characters each."""
+    return frozenset("".join(map(str, grid)) for grid in sudoku_grids())
+
+
 def sudoku_split() -> tuple[np.ndarray, np.ndarray]:
     """Solution grids for training (228) and held out (60): no board shares its solution across."""
     grids = sudoku_grids()[np.random.default_rng(0).permutation(288)]
@@ -259,6 +265,7 @@ def sudoku_puzzles(grids: np.ndarray, count: int, rng: np.random.Generator) -> t
     return np.concatenate(puzzles)[:count], np.concatenate(solutions)[:count]
 
 
+@functools.cache
 def sudoku_boards(part: int, count: int) -> list[dict]:
     """Generated boards, of the solutions for training (part 0) or held out (1); the same in every run."""
     pairs = zip(*sudoku_puzzles(sudoku_split()[part], count, np.random.default_rng([1, part])), strict=True)
@@ -275,7 +282,7 @@ def sudoku_row(raw: dict) -> dict:
     if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
         raise ValueError(f"a board is 16 digits 1-4, 0 = blank, not {puzzle!r} and {solution!r}")
     clues = all(p in ("0", s) for p, s in zip(puzzle, solution, strict=True))
-    if "0" not in puzzle or not clues or not (sudoku_grids() == list(map(int, solution))).all(1).any():
+    if "0" not in puzzle or not clues or solution not in sudoku_solutions():
         raise ValueError(f"{solution} does not fill in {puzzle} by the rules")
     return {"prompt": puzzle + "=", "puzzle": puzzle, "solution": solution}
 

@@ -1,13 +1,16 @@
 """Two small models the tests share: a sharp random network, and a table that can be enumerated exactly."""
 
 import dataclasses
+import os
 import random
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on networks this small two threads only wait
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

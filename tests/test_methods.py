@@ -290,10 +290,10 @@ def test_written_commands_parse():
 # ------------------------------------------------------------------------------------------------- it learns
 
 LEARN = {
-    "rldf": "--updates 60 --lr 2e-3",
-    "gdsd": "--updates 60 --lr 2e-3",
-    "wd1": "--updates 60 --lr 5e-4",
-    "egspo": "--updates 80 --K 2 --minibatches 1 --lr 5e-3",
+    "rldf": "--updates 45 --lr 2e-3",
+    "gdsd": "--updates 45 --lr 2e-3",
+    "wd1": "--updates 45 --lr 5e-4",
+    "egspo": "--updates 45 --K 2 --minibatches 1 --lr 5e-3",
 }
 
 
