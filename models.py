@@ -314,7 +314,7 @@ def plan(name: str, args, device: torch.device):
     else:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     have, need = have / 2**30, sum(parts.values())
-    listed = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib)
+    listed = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib >= 0.05)
     print(f"memory, predicted peak: {need:.1f} GiB of {have:.1f} ({listed})", flush=True)
     if need > have:
         fixed = sum(gib for name, gib in parts.items() if name not in ("activations", "logits", "reference"))
@@ -327,7 +327,8 @@ def plan(name: str, args, device: torch.device):
         there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 2**30
         free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free / 2**30
         need = 7 * parts["weights"] - there
-        print(f"disk: checkpoints and model take up to {need:.1f} GiB in {args.out}, {free:.1f} are free")
+        if need >= 0.05:
+            print(f"disk: checkpoints and model take up to {need:.1f} GiB in {args.out}, {free:.1f} are free")
         if need > free:
             refuse(f"{args.out} needs {need:.1f} GiB of disk and {free:.1f} are free: choose another --out")
 

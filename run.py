@@ -246,6 +246,8 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refuse(f"another process is at work in {self.out}")
+        except OSError:  # a network file system that cannot lock a folder
+            pass
 
     def begin(self):
         """Start the clock, in a new folder or where its checkpoint (none: the first update) left it."""
