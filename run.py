@@ -424,7 +424,7 @@ class Run:
         plot(lines, self.out / "curve.png", f"{self.method} on {self.args.task}")
         print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.answers)
         nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
-        print(f"\n{seconds / 60:.1f} minutes of RL; NFE (forward evaluations x rows): "
+        print(f"\n{seconds / 60:.1f} minutes of RL; NFE (canvases evaluated): "
               f"{nfe:,} in rollouts, {updates:,} in updates")
         print(f"{self.out}/ has metrics.jsonl, curve.png, model/ (a transformers folder) and state.pt")
         print(f"next: --resume {self.out} --updates {2 * self.args.updates} goes on, "
