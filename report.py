@@ -39,7 +39,7 @@ def plot(lines: list[dict], file: Path, title: str):
 
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     curves = {"reward": ("reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
-              "threshold_accuracy": ("held-out solved, adaptive", dict(color="tab:green", ls="", marker="D", ms=5)),
+              "threshold_accuracy": ("held-out solved, adaptive", dict(color="tab:green", ls="", marker="D")),
               "eval_accuracy": ("held-out solved", dict(color="tab:orange", lw=2, marker="o", ms=4))}
     for key, (label, look) in curves.items():
         points = [(line["update"], 100 * line[key]) for line in lines if line.get(key) is not None]
