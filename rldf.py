@@ -187,15 +187,17 @@ def train(args: Args) -> float:
         for epoch in range(args.passes):
             run.counters["nfe_update_full"] += len(pairs) * (2 if reference else 1)
             for batch in minibatches(args, pairs, run.update, epoch):
-                moves = adv[batch[:, 0]] != 0 if reference is None else batch[:, 0] >= 0  # a weight, that is
+                moves = (adv[batch[:, 0]] != 0) | (reference is not None)  # (M,) can the pair move a weight?
                 if not moves.any():
                     continue
                 info = dict.fromkeys(("loss", "kl", "scored_tokens"), 0.0)
                 with torch.no_grad():  # what moves no weight counts in the normaliser all the same
                     for part in micro_batches(batch[~moves], x, args.budget):
                         r, k = part.unbind(1)
-                        logp = canvas_logp(model, roll[r], hidden[r, k], args.temperature)
-                        p = (logp if logp_old is None else logp_old[r, k]).exp()
+                        if logp_old is None:
+                            p = canvas_logp(model, roll[r], hidden[r, k], args.temperature).exp()
+                        else:
+                            p = logp_old[r, k].exp()
                         m = clean_state_mask(p, hidden[r, k], roll.valid[r], revealed[r, k], args.p_min)
                         info["scored_tokens"] += m.sum().item()
                 for part in micro_batches(batch[moves], x, args.budget):

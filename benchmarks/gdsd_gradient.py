@@ -28,7 +28,7 @@ for name, read in READ.items():
         with torch.no_grad():
             z = model.head(model.body(canvas(roll, half), attention(mask, 16))[:, -16:][where])
         z.requires_grad_()
-        read(z, roll.completion[where][:, None]).sum().backward()
+        read(z, torch.arange(len(z)), roll.completion[where]).sum().backward()
         size[where] = z.grad.pow(2).sum(1)
     share = size[clue].sum() / size.sum()
     print(f"{name}: {share:.1%} of the squared gradient is on clues, {clue.float().mean():.1%} of the tokens")

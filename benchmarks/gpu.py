@@ -83,16 +83,16 @@ def naive_rollout(model, prompt):
 
 def updates(model, roll, budget: int, naive: bool):
     """Forward and backward of K canvases per row, as EGSPO scores them: the tokens revealed at each step."""
-    steps = torch.arange(0, S, S // K).repeat(G)
-    rows = torch.arange(G).repeat_interleave(K)
-    for part in common.micro_batches(torch.arange(G * K), P + L, 1 if naive else budget):
-        r, s = roll[rows[part].to(DEVICE)], steps[part].to(DEVICE)[:, None]
-        x, where = common.canvas(r, r.step >= s), r.step == s
+    steps = torch.arange(0, S, S // K, device=DEVICE).expand(G, -1)  # (G, K)
+    x = common.canvas(roll, roll.step[:, None] >= steps[..., None])  # (G, K, P+L)
+    for part in common.micro_batches(torch.ones_like(steps).nonzero(), x, 1 if naive else budget):
+        r, k = part.unbind(1)
+        rows, where = roll[r], roll.step[r] == steps[r, k][:, None]
         if naive:
-            logp = model.head(model.body(x, None)).log_softmax(-1)[:, P:]
-            logp = logp.gather(-1, r.completion[..., None])[..., 0] * where
+            logp = model.head(model.body(x[r, k], None)).log_softmax(-1)[:, P:]
+            logp = logp.gather(-1, rows.completion[..., None])[..., 0] * where
         else:
-            logp = common.score(model, x, r.prompt_mask, r.completion, where, 1.0)
+            logp = common.score(model, x[r, k], rows.prompt_mask, rows.completion, where, 1.0)
         (-logp.sum() / (G * K)).backward()
 
 

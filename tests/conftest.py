@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import models  # noqa: E402
 import pretrain  # noqa: E402
+import run  # noqa: E402
 import tasks  # noqa: E402
 
 TEXTS = ["310220000=", "4=", "01400="]  # prompts of three lengths
@@ -126,3 +128,28 @@ def with_a_gradient(monkeypatch):
         return dataclasses.replace(task, reward=reward)
 
     monkeypatch.setattr(tasks, "load", load)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Runs in float64, of a network without ModernBERT's layers, which rotate in fp32. Returns the list that
+    every optimizer step adds (gradient, weights) to."""
+    steps, load, step = [], models.load_model, run.Run.optimizer_step
+
+    def double(*inputs):
+        model = load(*inputs)
+        model.network.double()
+        return model
+
+    def optimizer_step(self, *inputs):
+        grads = [p.grad.flatten() for p in self.model.network.parameters() if p.grad is not None]
+        weights = {k: v.clone() for k, v in self.model.network.state_dict().items()}
+        steps.append((torch.cat(grads), weights))
+        return step(self, *inputs)
+
+    monkeypatch.setattr(common.Denoiser, "body", standing_in)
+    monkeypatch.setattr(run.Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(models, "load_model", double)
+    torch.set_default_dtype(torch.float64)
+    yield steps
+    torch.set_default_dtype(torch.float32)

@@ -1,21 +1,19 @@
 """EGSPO: the policy-gradient theorem by exact enumeration, then each function against its slow or hand-made
 version."""
 
-import copy
 import itertools
 import math
 
 import pytest
 import torch
-from conftest import Tabular, offer, recording, sharp_model, standing_in, toy_task
+from conftest import Tabular, offer, recording, sharp_model, toy_task
 from test_methods import launch, lines
 
 import egspo
 import models
-from common import Denoiser, Rollout, per_step, until_eos
+from common import Rollout, per_step, until_eos
 from models import save_model
 from pretrain import tiny_model
-from run import Run
 
 V = 3
 
@@ -360,52 +358,40 @@ def slow_loss(model, roll, logp_ref: dict, steps, taken, reward, guess_reward, b
     return total
 
 
-@pytest.mark.parametrize("baseline", ["rank", "step"])
-def test_an_update_has_the_gradient_of_the_paper(baseline, tmp_path, monkeypatch):
-    """Two passes in float64: the ratio is 1 in the first, the clip bites in the second."""
+@pytest.fixture
+def saved(tmp_path) -> str:
+    """A model whose rows end early, drawn in fp32: before `exact`."""
     save_model(sharp_model(3.0), tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("baseline", ["rank", "step"])
+def test_an_update_has_the_gradient_of_the_paper(baseline, saved, exact, tmp_path, monkeypatch):
+    """Two passes in float64: the ratio is 1 in the first, the clip bites in the second."""
     offer(monkeypatch, "toy", toy_task)
-    seen, load, step = {}, models.load_model, Run.optimizer_step
+    seen = {}
     for name in ("denoise", "select_steps", "reward_rows"):
         monkeypatch.setattr(egspo, name, recording(getattr(egspo, name), seen.setdefault(name, [])))
-
-    def double(*inputs):
-        model = load(*inputs)
-        model.network.double()
-        return model
-
-    def optimizer_step(self, *inputs):
-        grad = torch.cat([p.grad.flatten() for p in self.model.network.parameters() if p.grad is not None])
-        seen.setdefault("optimizer_step", []).append((grad, copy.deepcopy(self.model.network.state_dict())))
-        return step(self, *inputs)
-
-    monkeypatch.setattr(models, "load_model", double)
-    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
-    monkeypatch.setattr(Denoiser, "body", standing_in)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr("run.plot", lambda *_: None)
-    torch.set_default_dtype(torch.float64)
-    try:
-        shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --updates 1 --K 3"
-        flags = "--passes 2 --minibatches 1 --beta 0.3 --eps_lo 0.1 --eps_hi 0.2 --lr 1e-2 --budget 200"
-        launch("egspo", "--model", tmp_path / "model", "--out", tmp_path / "run",
-               *f"{shape} {flags} --eval_threshold 0 --baseline {baseline}".split())
-        (roll,), ((steps, taken),) = seen["denoise"], seen["select_steps"]
-        reward, guess_reward = (found[0] for found in seen["reward_rows"])
-        assert not taken.all()
-        model = models.load_model(str(tmp_path / "model"))
-        with torch.no_grad():
-            logp_ref = {(b, s): slow_step_logp(model, roll, b, s) for b in range(12) for s in range(4)}
-        inputs = roll, logp_ref, steps, taken, reward, guess_reward.view(12, 3)
-        for grad, weights in seen["optimizer_step"]:
-            model.network.load_state_dict(weights)
-            for name, same in ((baseline, True), ({"rank": "step", "step": "rank"}[baseline], False)):
-                loss = slow_loss(model, *inputs, name)
-                expected = torch.autograd.grad(loss, list(model.network.parameters()), allow_unused=True)
-                expected = torch.cat([g.flatten() for g in expected if g is not None])
-                error = (grad - expected).norm() / expected.norm()
-                assert error < 1e-10 if same else error > 1e-5
-    finally:
-        torch.set_default_dtype(torch.float32)
+    shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --updates 1 --K 3"
+    flags = "--passes 2 --minibatches 1 --beta 0.3 --eps_lo 0.1 --eps_hi 0.2 --lr 1e-2 --budget 200"
+    launch("egspo", "--model", saved, "--out", tmp_path / "run",
+           *f"{shape} {flags} --eval_threshold 0 --baseline {baseline}".split())
+    (roll,), ((steps, taken),) = seen["denoise"], seen["select_steps"]
+    reward, guess_reward = (found[0] for found in seen["reward_rows"])
+    assert not taken.all()
+    model = models.load_model(saved)
+    with torch.no_grad():
+        logp_ref = {(b, s): slow_step_logp(model, roll, b, s) for b in range(12) for s in range(4)}
+    inputs = roll, logp_ref, steps, taken, reward, guess_reward.view(12, 3)
+    for grad, weights in exact:
+        model.network.load_state_dict(weights)
+        for name, same in ((baseline, True), ({"rank": "step", "step": "rank"}[baseline], False)):
+            loss = slow_loss(model, *inputs, name)
+            expected = torch.autograd.grad(loss, list(model.network.parameters()), allow_unused=True)
+            expected = torch.cat([g.flatten() for g in expected if g is not None])
+            error = (grad - expected).norm() / expected.norm()
+            assert error < 1e-10 if same else error > 1e-5
     update = lines(tmp_path / "run")[1]
     assert update["kl"] > 0 and update["clip_frac"] > 0

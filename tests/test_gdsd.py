@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Tabular, generators, offer, padded_prompts, sharp_model, standing_in, toy_task
+from conftest import Tabular, generators, offer, padded_prompts, sharp_model, toy_task
 from test_methods import launch, lines
 from torch.nn.functional import cross_entropy
 
@@ -16,7 +16,6 @@ import models
 import gdsd
 import pretrain
 from common import Rollout, denoise, group_noise, log_prob, until_eos
-from run import Run
 from gdsd import advantage, centred_logit, distillation_loss, mask_pairs, pair_score
 
 L, G, T = 12, 4, 0.7
@@ -457,32 +456,6 @@ def test_old_reference_and_every_pass_see_the_same_masks(run, monkeypatch, tmp_p
     canvases = sum(2 * len(hidden) for _, _, _, (_, hidden) in calls)
     full = updates[-1]["nfe_update_full"]
     assert updates[-1]["nfe_update"] <= full == canvases == 2 * (2 * 12 * 2) * (1 + 1 + 2)
-
-
-@pytest.fixture
-def exact(monkeypatch):
-    """Runs in float64, of a network without ModernBERT's layers, which rotate in fp32. Returns the list that
-    every optimizer step adds (gradient, weights) to."""
-
-    steps, load, step = [], models.load_model, Run.optimizer_step
-
-    def double(*inputs):
-        model = load(*inputs)
-        model.network.double()
-        return model
-
-    def recording(self, *inputs):
-        grads = [p.grad.flatten() for p in self.model.network.parameters() if p.grad is not None]
-        weights = {k: v.clone() for k, v in self.model.network.state_dict().items()}
-        steps.append((torch.cat(grads), weights))
-        return step(self, *inputs)
-
-    monkeypatch.setattr(common.Denoiser, "body", standing_in)
-    monkeypatch.setattr(Run, "optimizer_step", recording)
-    monkeypatch.setattr(models, "load_model", double)
-    torch.set_default_dtype(torch.float64)
-    yield steps
-    torch.set_default_dtype(torch.float32)
 
 
 def slow_advantages(model, roll) -> list[float]:

@@ -1,6 +1,7 @@
 """The house: which file may import which, and what importing one costs."""
 
 import ast
+import json
 import subprocess
 import sys
 
@@ -36,6 +37,14 @@ def test_arrows_point_down():
     bad = graph | {"common": arrows("def f():\n    from run import Run")}
     assert points_up(bad) == [("common", "run")]
     assert points_up(graph | {"models": arrows("import tasks")}) == [("models", "tasks")]  # no side doors
+
+
+def test_the_gpu_benchmark_runs():
+    """On a small body and a CPU: nobody has a GPU to notice on that it does not."""
+    command = [sys.executable, "benchmarks/gpu.py", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout)
+    assert row["model"] == "tiny" and row["rollout_tokens_per_s"] > 0 and row["update_s"] > 0
 
 
 @pytest.mark.parametrize("code, without", [
