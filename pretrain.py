@@ -1,15 +1,18 @@
-"""The tiny base model the four methods start from: masked-diffusion pretraining on 4x4 Sudoku boards.
+"""The tiny bases the four methods start from: masked-diffusion pretraining on a tiny task (TINY_TASKS).
 
-A base trained on correct boards alone is too good to need RL, and RL cannot teach new logic in minutes; what
-it can do is sharpen. So, as in real pretraining data, the demonstrations are of mixed quality: 60 % come from
-a sloppy solver that only fills each row with its missing digits, in any order.
+A base trained on correct answers alone is too good to need RL, and RL cannot teach new logic in minutes; what
+it can do is sharpen. So, as in real pretraining data, the demonstrations are of mixed quality: a share comes
+from a careless solver that fills each row of a board with its missing digits in any order, or writes any
+expression over the given numbers. And the base stops by what it can do, since the same number of steps gives
+another base on another CPU: at a constant learning rate, once its weights averaged over the last steps solve
+the wanted share of validation rows. Those are in neither its own nor RL's training data, nor held out.
 
-Objective (MDLM / LLaDA): hide k ~ uniform{1..16} of the 16 answer tokens; mean cross-entropy of the hidden
-ones.
+Objective (MDLM / LLaDA): hide k ~ uniform{1..L} of the L answer tokens; mean cross-entropy of the hidden.
 
-python pretrain.py        two minutes on 2 CPU cores; cached; the four scripts run it when it is missing
+python pretrain.py [--task countdown]     minutes on 2 CPU cores; cached; the four scripts run it when missing
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -17,6 +20,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,39 +28,44 @@ import numpy as np
 import torch
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import Denoiser, refuse
+from common import Denoiser, Task, attention, denoise, encode, refuse, reward_rows
 from models import release_memory, save_model
-from tasks import sudoku_puzzles, sudoku_split
+from tasks import TARGETS, countdown_answers, countdown_split, load, sudoku_puzzles, sudoku_split
 
 
 @dataclass
 class Settings:
-    """Every setting of the base; its cache folder is named by their hash."""
+    """Every setting of a base; its cache folder is named by their hash."""
 
-    steps: int = 700  # optimizer steps
-    batch: int = 128  # boards per step
-    lr: float = 3e-3  # peak learning rate: warm-up over 50 steps, then linear decay to zero
-    sloppy: float = 0.6  # share of demonstrations by the sloppy solver
+    task: str = "sudoku"  # or countdown
+    solved: float = 0.34  # stop when this share of validation rows is solved, greedily
+    steps: int = 5000  # most optimizer steps
+    batch: int = 128  # demonstrations per step
+    lr: float = 2e-3  # constant after a warm-up of 50 steps
+    careless: float = 0.6  # share of careless demonstrations
     layers: int = 4
     width: int = 128
     seed: int = 0  # the base's own: the --seed of an RL run does not touch it
 
 
-def tiny_model(layers: int, width: int, seed: int = 0) -> Denoiser:
-    """An untrained ModernBERT with a character tokenizer: digits, "=" and three special tokens."""
-    vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[MASK]", "=", *"0123456789"])}
-    characters = Tokenizer(models.WordLevel(vocab))  # no unknown token: another character raises
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
+def tiny_model(layers: int, width: int, seed: int = 0, task: str = "sudoku") -> Denoiser:
+    """An untrained ModernBERT with the tokens of a tiny task, which its config names as `tiny_task`."""
+    tiny = TINY[task]
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[EOS]", "[MASK]", *tiny.tokens])}
+    words = Tokenizer(models.WordLevel(vocab))  # no unknown token: anything else raises
+    words.decoder = tiny.decoder
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(tiny.pattern), "removed", invert=True)
     special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, **special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     config = ModernBertConfig(
         vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=width // 32, max_position_embeddings=64, global_attn_every_n_layers=1,
         pad_token_id=0, eos_token_id=1, bos_token_id=None, cls_token_id=None, sep_token_id=None,
+        tiny_task=task,
     )
     with torch.random.fork_rng():  # weights are drawn from the global generator, which is put back afterwards
         torch.manual_seed(seed)
@@ -64,63 +73,122 @@ def tiny_model(layers: int, width: int, seed: int = 0) -> Denoiser:
     return Denoiser(network, tokenizer, mask_id=2, eos_id=1, pad_id=0, end_ids=(1,), shift=False)
 
 
-def demonstrations(grids: np.ndarray, count: int, sloppy: float, rng: np.random.Generator):
-    """(puzzles, answers), each (count, 16): the solution, or with probability `sloppy` a careless answer."""
-    puzzles, answers = sudoku_puzzles(grids, count, rng)
+def sudoku_demonstrations(count: int, careless: float, rng: np.random.Generator):
+    """(prompts, answers): training boards with the solution or, with probability `careless`, with each row's
+    missing digits in any order."""
+    puzzles, solutions = sudoku_puzzles(sudoku_split()["train"], count, rng)
     blank = (puzzles == 0).reshape(-1, 4, 4)
     place = (~blank).argsort(2, kind="stable")  # the blanks of each row first, in order
     shuffled = np.where(blank, rng.random(blank.shape), 2.0).argsort(2)  # the blanks first, in any order
-    shuffled = np.where(rng.random((count, 1, 1)) < sloppy, shuffled, place)
-    rows = answers.reshape(-1, 4, 4)
+    shuffled = np.where(rng.random((count, 1, 1)) < careless, shuffled, place)
+    rows = solutions.reshape(-1, 4, 4)
     filled = rows.copy()
     np.put_along_axis(filled, place, np.take_along_axis(rows, shuffled, 2), 2)
-    return puzzles, np.where(puzzles == 0, filled.reshape(-1, 16), puzzles)
+    answers = np.where(puzzles == 0, filled.reshape(-1, 16), puzzles)
+    return ["".join(map(str, p)) + "=" for p in puzzles], ["".join(map(str, a)) for a in answers]
+
+
+def countdown_demonstrations(count: int, careless: float, rng: np.random.Generator):
+    """(prompts, answers): training problems with an expression that hits the target or, with probability
+    `careless`, any over the numbers."""
+    rows, prompts, answers = countdown_split()["train"], [], []
+    for i in rng.integers(len(rows), size=count):
+        numbers, target = rows[i]["numbers"], rows[i]["target"]
+        by_value = countdown_answers(tuple(sorted(numbers)))
+        choice = sum(by_value.values(), []) if rng.random() < careless else by_value[target]
+        prompts.append(f"{' '.join(map(str, rng.permutation(numbers)))} > {target} =")
+        answers.append(choice[rng.integers(len(choice))])
+    return prompts, answers
+
+
+@dataclass
+class Tiny:
+    """What a tiny model reads and writes, and how its base is made."""
+
+    tokens: list[str]  # after the special ones
+    pattern: str  # of one token in a text
+    decoder: decoders.Decoder | None  # how tokens become text; None: with spaces between
+    L: int  # tokens of an answer, those behind it EOS
+    block: int
+    demonstrations: Callable
+    settings: Settings
+
+
+TINY = {
+    "sudoku": Tiny(["=", *"0123456789"], r"\S", decoders.Fuse(), 16, 16, sudoku_demonstrations, Settings()),
+    "countdown": Tiny(["=", *">+-*/()", *map(str, TARGETS)], r"\d+|\S", None, 8, 4,
+                      countdown_demonstrations, Settings(task="countdown", solved=0.28, careless=0.3)),
+}
+
+
+def loss_of(model: Denoiser, prompts: list[str], answers: list[str], L: int, rng: np.random.Generator):
+    """The objective of a batch of demonstrations."""
+    prompt, prompt_mask = encode(model, prompts)
+    ids = [model.tokenizer(answer)["input_ids"] for answer in answers]
+    target = torch.tensor([row + [model.eos_id] * (L - len(row)) for row in ids])  # (batch, L)
+    k = rng.integers(1, L + 1, size=(len(ids), 1))
+    hidden = torch.from_numpy(rng.random((len(ids), L)).argsort(1).argsort(1) < k)
+    x = torch.cat([prompt, target.masked_fill(hidden, model.mask_id)], 1)
+    logits = model.head(model.body(x, attention(prompt_mask, L))[:, -L:][hidden])  # (hidden tokens, V)
+    loss = torch.nn.functional.cross_entropy(logits, target[hidden], reduction="none")
+    return (loss / torch.from_numpy(k).expand(-1, L)[hidden]).sum() / len(ids)
+
+
+def solved_share(model: Denoiser, task: Task, rows: list[dict], L: int, block: int) -> float:
+    """Share of the rows the model solves, greedily."""
+    prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+    roll = denoise(
+        model, prompt, prompt_mask, [], L=L, S=8, block=block, temperature=0, budget=8448)
+    return reward_rows(model, task, roll.completion, rows)[1]["correct"].mean().item()
 
 
 def train(settings: Settings) -> Denoiser:
     """Pretrain a tiny model from scratch."""
-    model = tiny_model(settings.layers, settings.width, settings.seed)
-    grids, rng = sudoku_split()[0], np.random.default_rng([2, settings.seed])
+    model = tiny_model(settings.layers, settings.width, settings.seed, settings.task)
+    tiny = TINY[settings.task]
+    task = load(settings.task, chat=False, train=False, held_out="validation")
+    rng = np.random.default_rng([2, settings.seed])
     optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 50, 1) * (1 - i / settings.steps))
-    digit = torch.tensor(model.tokenizer.convert_tokens_to_ids(list("0123456789")))
-    equals = model.tokenizer.convert_tokens_to_ids("=")
-    bar = tqdm(range(settings.steps), desc="building the tiny base (once)", dynamic_ncols=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1))
+    average = AveragedModel(model.network, multi_avg_fn=get_ema_multi_avg_fn(0.98))
+    averaged = dataclasses.replace(model, network=average.module)
+    bar = tqdm(range(settings.steps), desc=f"building the tiny {settings.task} base (once)", unit="step",
+               dynamic_ncols=True)
     for step in bar:
-        puzzles, answers = demonstrations(grids, settings.batch, settings.sloppy, rng)
-        prompt = torch.nn.functional.pad(digit[torch.from_numpy(puzzles)], (0, 1), value=equals)
-        target = digit[torch.from_numpy(answers)]  # (batch, 16)
-        k = rng.integers(1, 17, size=(settings.batch, 1))
-        hidden = torch.from_numpy(rng.random((settings.batch, 16)).argsort(1).argsort(1) < k)
-        x = torch.cat([prompt, target.masked_fill(hidden, model.mask_id)], 1)
-        logits = model.head(model.body(x, None)[:, -16:][hidden])  # (hidden tokens, V)
-        loss = torch.nn.functional.cross_entropy(logits, target[hidden], reduction="none")
-        per_board = loss / torch.from_numpy(k).expand(-1, 16)[hidden]  # mean over a board's hidden tokens
-        loss = per_board.sum() / settings.batch
+        loss = loss_of(model, *tiny.demonstrations(settings.batch, settings.careless, rng), tiny.L, rng)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if step % 50 == 0:
+        average.update_parameters(model.network)
+        if step % 20 == 19:  # a quarter of the rows tells whether it is worth asking all
+            share = solved_share(averaged, task, task.test[step // 20 % 4 :: 4], tiny.L, tiny.block)
+            bar.set_postfix_str(f"solves {share:.0%}, {settings.solved:.0%} are enough")
             release_memory()
-    return model
+            if share < 0.9 * settings.solved:
+                continue
+            if solved_share(averaged, task, task.test, tiny.L, tiny.block) >= settings.solved:
+                break
+    else:
+        tqdm.write(f"stopped after {settings.steps} steps: the base solves less than {settings.solved:.0%}")
+    bar.close()
+    return averaged
 
 
-def base_folder(settings: Settings | None = None) -> Path:
+def base_folder(settings: Settings) -> Path:
     """The cached base with these settings, built if missing. Of two processes at once one result is kept."""
-    settings = settings or Settings()
+    if settings.task not in TINY:
+        refuse(f"--task {settings.task!r} is not one of {', '.join(TINY)}")
     if min(settings.steps, settings.batch, settings.layers) < 1 or settings.seed < 0:
         refuse("--steps, --batch and --layers must be at least 1, --seed at least 0")
     if settings.width < 32 or settings.width % 32:
         refuse(f"--width {settings.width} must be a multiple of 32, the width of an attention head")
-    if not (0 < settings.lr < np.inf and 0 <= settings.sloppy <= 1):
-        refuse("--lr must be a finite number above 0, --sloppy from 0 to 1")
+    if not (0 < settings.lr < np.inf and 0 <= settings.careless <= 1 and 0 <= settings.solved <= 1):
+        refuse("--lr must be a finite number above 0, --careless and --solved from 0 to 1")
     key = hashlib.sha256(json.dumps(dataclasses.asdict(settings), sort_keys=True).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-rl"
-    folder = cache / f"tiny-sudoku-{key}"
+    folder = cache / f"tiny-{settings.task}-{key}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         model = train(settings)
@@ -135,6 +203,13 @@ def base_folder(settings: Settings | None = None) -> Path:
     return folder
 
 
+def main():
+    """Build a base and say where it is."""
+    begin, first = time.perf_counter(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default="sudoku", choices=TINY)  # what the defaults hang on
+    settings = tyro.cli(Settings, default=TINY[first.parse_known_args()[0].task].settings)
+    print(f"{base_folder(settings)} ({time.perf_counter() - begin:.0f} s)")
+
+
 if __name__ == "__main__":
-    begin = time.perf_counter()
-    print(f"{base_folder(tyro.cli(Settings))} ({time.perf_counter() - begin:.0f} s)")
+    main()

@@ -64,6 +64,9 @@ class Args(Flags):
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
 
 
+# Where --task countdown starts from, with the tiny model.
+COUNTDOWN = dict(L=8, S=8, block=4)
+
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(
     prompts=8, G=4, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
@@ -232,4 +235,4 @@ def train(args: Args) -> float:
 
 METHOD = "rldf"
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, LLM))
+    train(parse_args(Args, METHOD, COUNTDOWN, LLM))

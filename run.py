@@ -30,7 +30,7 @@ from report import plot, print_report
 class Flags:
     """What every method's command line has; the Args of a method add what its reader needs to see."""
 
-    model: str = "tiny"  # "tiny" (built on first use), a transformers folder or a hub id
+    model: str = "tiny"  # "tiny" (the base of the task, built on first use), a transformers folder or hub id
     revision: str | None = None  # of the hub id; without one a cached copy is used as it is
     mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
     task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
@@ -48,15 +48,19 @@ class Flags:
     gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
 
 
-def parse_args(Args: type, method: str, llm: dict):
-    """The command line as an Args. With a --model that reads words the settings `llm` are the defaults; with
-    --resume RUN its settings are, and few may change."""
+def parse_args(Args: type, method: str, countdown: dict, llm: dict):
+    """The command line as an Args. The defaults are those of Args, changed by `countdown` for a tiny model on
+    that task, by `llm` for a --model that reads words; with --resume RUN they are its settings, and few may
+    change."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what the defaults hang on
     first.add_argument("--model", default="tiny")
+    first.add_argument("--task", default="sudoku")
     first.add_argument("--resume", default="")
     said, _ = first.parse_known_args()
     if not said.resume:
-        return check(tyro.cli(Args, default=Args(**({} if reads_characters(said.model) else llm))), method)
+        tiny = said.model == "tiny" or tiny_task(said.model)
+        changes = llm if not tiny else countdown if said.task == "countdown" else {}
+        return check(tyro.cli(Args, default=Args(**changes)), method)
     before = saved_args(Args, method, Path(said.resume))
     args = tyro.cli(Args, default=before)
     free = {"updates", "eval_every", "eval_threshold", "eval_rows", "save_every", "budget",
@@ -84,19 +88,22 @@ def saved_args(Args: type, method: str, folder: Path):
     return args
 
 
-def reads_characters(name: str) -> bool:
-    """Is this "tiny", or a folder trained from it? Its small vocabulary tells, before anything is loaded."""
-    file = Path(name) / "config.json"
+def tiny_task(name: str) -> str | None:
+    """The task of a tiny base or of a folder trained from one, as its config says; None: another model."""
     try:
-        return name == "tiny" or json.loads(file.read_text())["vocab_size"] < 100
-    except (OSError, ValueError, KeyError, TypeError):  # not such a folder: load_model says what is wrong
-        return False
+        return json.loads((Path(name) / "config.json").read_text()).get("tiny_task")
+    except (OSError, ValueError, AttributeError):  # not such a folder: load_model says what is wrong
+        return None
 
 
 def check(args, method: str):
     """Stop early on settings that cannot work; fill in the default --out. Returns args."""
     if args.task not in tasks.TASKS:
         refuse(f"unknown task {args.task!r}: choose from {', '.join(tasks.TASKS)}")
+    if args.model == "tiny" and args.task not in tasks.TINY_TASKS:
+        refuse(f"--model tiny knows {' and '.join(tasks.TINY_TASKS)}: {args.task} needs another --model")
+    if tiny_task(args.model) not in (None, args.task):
+        refuse(f"{args.model} is a tiny model of --task {tiny_task(args.model)}")
     for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
                  "save_every", "budget"):
         if getattr(args, name) < 1:
@@ -142,9 +149,9 @@ def setup(args) -> tuple[Denoiser, Task]:
     print(f"device {device}: {arithmetic}", flush=True)
     name = args.model
     if name == "tiny":
-        from pretrain import base_folder
+        from pretrain import TINY, base_folder
 
-        name = str(base_folder())
+        name = str(base_folder(TINY[args.task].settings))
     plan(name, args, device)
     model = load_model(name, device, args.revision, args.mask_id, args.gradient_checkpointing)
     return model, load_task(args, model)

@@ -41,31 +41,34 @@ class Recipe:
     row: Callable[[dict], dict]  # from the columns of the hub or of a file; ValueError if they cannot be used
     reward: Callable
     draw: Callable
-    sources: dict[str, Callable[[], list[dict]]]  # "train", "test"; or "train" alone, split here
+    sources: dict[str, Callable[[], list[dict]]]  # "train", "test", "validation"; "train" alone is split here
     key: Callable[[dict], object] = lambda row: " ".join(row["question"].split())  # train and test share none
     parallel: bool = False
     free: Callable[[list[dict]], list[bool]] = lambda rows: [False] * len(rows)  # rewards any answer
 
 
-def load(name: str, *, chat: bool, data: str = "", test_data: str = "", train: bool = True) -> Task:
-    """The task `name`. `chat`: the model has a chat template; without one there is only compact Sudoku.
+def load(
+    name: str, *, chat: bool, data: str = "", test_data: str = "", train: bool = True, held_out: str = "test"
+) -> Task:
+    """The task `name`. `chat`: the model has a chat template; without one there are the two of TINY_TASKS.
 
     `data` is a local training file in place of the published rows, `test_data` a held-out one. With `data`
     alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out. Training rows whose
     key is held out are dropped: a published training set contains half of its test set. With train=False
-    there are no training rows. Raises ValueError, in one line, for what cannot be used."""
+    there are no training rows. held_out="validation": the rows of a tiny task to stop a base by and to tune
+    on. Raises ValueError, in one line, for what cannot be used."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
-    if not chat and name != "sudoku":
+    if not chat and name not in TINY_TASKS:
         raise ValueError(f"{name} needs a model with a chat template")
-    recipe = TASKS[name] if chat else COMPACT_SUDOKU
+    recipe = TASKS[name] if chat else TINY_TASKS[name]
     if train and not data and "train" not in recipe.sources:
         raise ValueError(f"{name} has no training rows: use --eval_only, or give --data")
     rows, test = [], []
     if test_data:
         test = make_rows(recipe, read_file(test_data), test_data)
-    elif not data and "test" in recipe.sources:
-        test = make_rows(recipe, recipe.sources["test"](), f"{name}, test")
+    elif not data and held_out in recipe.sources:
+        test = make_rows(recipe, recipe.sources[held_out](), f"{name}, {held_out}")
     if train or not test:
         raws = read_file(data) if data else recipe.sources["train"]()
         rows = make_rows(recipe, raws, data or f"{name}, train")
@@ -245,10 +248,11 @@ def sudoku_solutions() -> frozenset[str]:
     return frozenset("".join(map(str, grid)) for grid in sudoku_grids())
 
 
-def sudoku_split() -> tuple[np.ndarray, np.ndarray]:
-    """Solution grids for training (228) and held out (60): no board shares its solution across."""
+def sudoku_split() -> dict[str, np.ndarray]:
+    """Solution grids for training (180), validation (48) and held out (60): no board shares its solution
+    across."""
     grids = sudoku_grids()[np.random.default_rng(0).permutation(288)]
-    return grids[:228], grids[228:]
+    return {"train": grids[48:228], "validation": grids[:48], "test": grids[228:]}
 
 
 def sudoku_puzzles(grids: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -266,9 +270,10 @@ def sudoku_puzzles(grids: np.ndarray, count: int, rng: np.random.Generator) -> t
 
 
 @functools.cache
-def sudoku_boards(part: int, count: int) -> list[dict]:
-    """Generated boards, of the solutions for training (part 0) or held out (1); the same in every run."""
-    pairs = zip(*sudoku_puzzles(sudoku_split()[part], count, np.random.default_rng([1, part])), strict=True)
+def sudoku_boards(part: str, count: int) -> list[dict]:
+    """Generated boards of the solutions of a part of the split; the same in every run."""
+    rng = np.random.default_rng([1, ("train", "test", "validation").index(part)])
+    pairs = zip(*sudoku_puzzles(sudoku_split()[part], count, rng), strict=True)
     return [{"puzzle": "".join(map(str, p)), "solution": "".join(map(str, s))} for p, s in pairs]
 
 
@@ -352,10 +357,15 @@ def countdown_row(raw: dict) -> dict:
             "answer": str(target), "numbers": numbers}
 
 
+def countdown_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    """That of the expression between the answer tags; one without tags is not read."""
+    return countdown_reward(between_tags(text), row)
+
+
 def countdown_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     """1 for an expression that hits the target, 0.1 for one over exactly the given numbers that misses it (or
     divides by zero), else 0. Only integers and binary + - * /: not 2**4, 7//2 or -3."""
-    expression = " ".join(plain(between_tags(text)).strip("$").split())
+    expression = " ".join(plain(text).strip("$").split())
     expression = re.sub(r" ?= ?-?[0-9.]+$", "", expression)  # "30 - 7 = 23"
     nodes = []
     if len(expression) <= 200 and re.fullmatch(r"[0-9+\-*/() ]+", expression):  # "0x1e" is no number here
@@ -378,6 +388,73 @@ def evaluate(node: ast.expr) -> Fraction:
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+
+
+LARGEST, TARGETS = 20, range(1, 61)  # the tiny model's numbers are 1 to 20; each is one token
+
+
+def expressions(numbers: tuple[int, ...]) -> list[tuple[str, Fraction, str]]:
+    """Every expression over the numbers in this order: its text, its value and its outermost sign ("" for a
+    number). What a - (b - c) says is said by a - b + c, so nothing is nested to the right at equal rank."""
+    if len(numbers) == 1:
+        return [(str(numbers[0]), Fraction(numbers[0]), "")]
+    found = []
+    for cut in range(1, len(numbers)):
+        for left, right in itertools.product(expressions(numbers[:cut]), expressions(numbers[cut:])):
+            for sign, apply in zip("+-*/", OPERATORS.values(), strict=True):
+                weak = "+-" if sign in "*/" else ""  # what needs parentheses under this sign
+                if right[2] and (right[2] in "*/") == (sign in "*/") or sign == "/" and right[1] == 0:
+                    continue
+                a, b = (f"({text})" if inner and inner in weak else text for text, _, inner in (left, right))
+                found.append((f"{a} {sign} {b}", apply(left[1], right[1]), sign))
+    return found
+
+
+@functools.cache
+def countdown_answers(numbers: tuple[int, ...]) -> dict[Fraction, list[str]]:
+    """The expressions over the numbers in any order, by their value."""
+    values = {}
+    for order in sorted(set(itertools.permutations(numbers))):
+        for text, value, _ in expressions(order):
+            values.setdefault(value, []).append(text)
+    return values
+
+
+@functools.cache
+def countdown_split() -> dict[str, list[dict]]:
+    """All problems of two or three numbers from 1 to 20 with a target from 1 to 60 that they can reach, the
+    numbers in any order: 1024 held out, 1024 for validation, the rest for training. None shares its target
+    and numbers with another."""
+    sets = [numbers for count in (2, 3)
+            for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), count)]
+    problems = [(numbers, target) for numbers in sets for target in TARGETS
+                if target in countdown_answers(numbers)]
+    rng = np.random.default_rng(0)
+    rows = [{"numbers": rng.permutation(problems[i][0]).tolist(), "target": problems[i][1]}
+            for i in rng.permutation(len(problems))]
+    return {"test": rows[:1024], "validation": rows[1024:2048], "train": rows[2048:]}
+
+
+def countdown_tiny_row(raw: dict) -> dict:
+    """The prompt "3 7 2 > 13 =", to be answered by "3 * 2 + 7"."""
+    row = countdown_row(raw)
+    numbers, target = row["numbers"], int(row["answer"])
+    if not (2 <= len(numbers) <= 3 and 1 <= min(numbers) <= max(numbers) <= LARGEST and target in TARGETS):
+        raise ValueError(f"{row['question']}: the tiny model knows two or three numbers from 1 to {LARGEST} "
+                         f"and a target from 1 to {TARGETS[-1]}")
+    return row | {"prompt": f"{' '.join(map(str, numbers))} > {target} ="}
+
+
+def countdown_draw(text: str, row: dict) -> list[str]:
+    """The problem, the answer and, if that is wrong, what it comes to."""
+    reward = countdown_reward(text, row)[0]
+    verdict = "right" if reward == 1 else f"not an expression over {row['question'].partition(' -')[0]}"
+    if reward == 0.1:
+        try:
+            verdict = f"is {evaluate(ast.parse(plain(text), mode='eval').body)}, not {row['answer']}"
+        except ZeroDivisionError:
+            verdict = "divides by zero"
+    return [f"{row['prompt']} {text:<16} {verdict}"]
 
 
 # ------------------------------------------------------------------------------------------------------ gsm8k
@@ -579,10 +656,16 @@ def code_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
 # ------------------------------------------------------------------------------------------------ all of them
 
 
-BOARDS = {"train": lambda: sudoku_boards(0, 8192), "test": lambda: sudoku_boards(1, 1024)}
-COMPACT_SUDOKU = Recipe(sudoku_row, sudoku_reward, sudoku_draw, BOARDS, key=lambda row: row["solution"])
+BOARDS = {"train": lambda: sudoku_boards("train", 8192), "test": lambda: sudoku_boards("test", 1024),
+          "validation": lambda: sudoku_boards("validation", 1024)}
+PROBLEMS = {part: lambda part=part: countdown_split()[part] for part in ("train", "test", "validation")}
+TINY_TASKS = {  # in a few tokens, for the tiny models of pretrain.py
+    "sudoku": Recipe(sudoku_row, sudoku_reward, sudoku_draw, BOARDS, key=lambda row: row["solution"]),
+    "countdown": Recipe(countdown_tiny_row, countdown_reward, countdown_draw, PROBLEMS,
+                        key=lambda row: (row["answer"], *sorted(row["numbers"]))),
+}
 TASKS = {
-    "sudoku": dataclasses.replace(COMPACT_SUDOKU, row=sudoku_chat_row, reward=sudoku_chat_reward,
+    "sudoku": dataclasses.replace(TINY_TASKS["sudoku"], row=sudoku_chat_row, reward=sudoku_chat_reward,
                                   draw=sudoku_chat_draw),
     "gsm8k": Recipe(gsm8k_row, gsm8k_reward, draw_text, {
         "train": lambda: hub("openai/gsm8k", "main", split="train"),
@@ -590,7 +673,7 @@ TASKS = {
     "math": Recipe(math_row, math_reward, draw_text, {  # a few solutions in training have no box
         "train": lambda: [raw for raw in hub("ankner/math-500", split="train") if boxed(raw["solution"])],
         "test": lambda: hub("HuggingFaceH4/MATH-500", split="test")}),
-    "countdown": Recipe(countdown_row, countdown_reward, draw_text, {"train": countdown_hub},
+    "countdown": Recipe(countdown_row, countdown_chat_reward, draw_text, {"train": countdown_hub},
                         key=lambda row: (row["answer"], *sorted(row["numbers"]))),
     "mbpp": Recipe(code_row, code_reward, draw_text, free=code_free, parallel=True, sources={
         "train": lambda: hub("google-research-datasets/mbpp", "full", split="train"),

@@ -45,7 +45,7 @@ def launch(method: str, *argv) -> float:
     module = importlib.import_module(method)
     old, sys.argv = sys.argv, [method + ".py", *map(str, argv)]
     try:
-        return module.train(run.parse_args(module.Args, method, module.LLM))
+        return module.train(run.parse_args(module.Args, method, module.COUNTDOWN, module.LLM))
     finally:
         sys.argv = old
         signal.signal(signal.SIGINT, signal.default_int_handler)

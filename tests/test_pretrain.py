@@ -68,7 +68,7 @@ def test_the_base_is_built_once_and_loads(cache, monkeypatch):
 def test_model_tiny_is_the_base(cache, monkeypatch):
     monkeypatch.setattr("pretrain.Settings", lambda: Settings(**SMALL))
     monkeypatch.setattr("sys.argv", ["wd1.py", "--eval_rows", "8"])
-    model, _ = run.setup(run.parse_args(wd1.Args, "wd1", wd1.LLM))
+    model, _ = run.setup(run.parse_args(wd1.Args, "wd1", wd1.COUNTDOWN, wd1.LLM))
     assert torch.equal(weights(model), weights(load_model(str(base_folder(Settings(**SMALL))))))
 
 

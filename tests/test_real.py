@@ -105,7 +105,7 @@ def test_as_on_cuda(method, data, tmp_path, monkeypatch, with_a_gradient):
 def settings(monkeypatch, method: str, *argv):
     module = importlib.import_module(method)
     monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, argv)])
-    return run.parse_args(module.Args, method, module.LLM)
+    return run.parse_args(module.Args, method, module.COUNTDOWN, module.LLM)
 
 
 @pytest.mark.parametrize("method", METHODS)
