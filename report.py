@@ -3,7 +3,13 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
+
 from common import Task
+
+# Okabe and Ito's, which the colour-blind tell apart
+COLOURS = {"EGSPO": "#999999", "EGSPO-SA": "#D55E00", "RLDF": "#0072B2", "wd1": "#000000", "wd1++": "#009E73",
+           "GDSD": "#CC79A7", "GDSD-TLC": "#E69F00"}
 
 
 def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers: list[tuple]):
@@ -54,4 +60,38 @@ def plot(lines: list[dict], file: Path, title: str):
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def plot_methods(curves: dict[str, dict[str, np.ndarray]], file: Path):
+    """Held-out share over the minutes of RL, a panel for each task, mean and range of the seeds.
+
+    curves: of each task and method (seeds, points, 4): update, seconds, forwards, share solved; may be
+    empty."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(curves), figsize=(10, 4), constrained_layout=True)
+    for (task, methods), axes in zip(curves.items(), panels, strict=True):
+        ends = []
+        for method, runs in methods.items():
+            if len(runs):
+                minutes, share = np.median(runs[:, :, 1], 0) / 60, 100 * runs[:, :, 3]
+                look = dict(color=COLOURS[method])
+                axes.plot(minutes, share.mean(0), lw=2, marker="o", ms=3, **look)
+                axes.fill_between(minutes, share.min(0), share.max(0), alpha=0.12, lw=0, **look)
+                ends.append((share.mean(0)[-1], minutes[-1], method))
+        axes.set(xlabel="minutes of RL", ylabel="held-out rows solved, %", title=task.capitalize())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+        low, high = axes.get_ylim()
+        right, height = axes.get_xlim()[1], -np.inf
+        for y, x, method in sorted(ends):  # from below, in the order of the ends, none over another
+            height = max(y, height + 0.055 * (high - low))
+            axes.annotate(f"{method} {y:.0f}", (x, y), (right * 1.03, height), color=COLOURS[method],
+                          va="center", annotation_clip=False,
+                          arrowprops=dict(arrowstyle="-", color=COLOURS[method], lw=0.5))
+    figure.savefig(file, dpi=130, metadata={"Software": None})
     plt.close(figure)

@@ -196,22 +196,26 @@ def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[
     return metrics, answers
 
 
+def keep_answers(args, model: Denoiser, update: int, metrics: dict, answers: list[tuple]):
+    """Add an evaluation with every setting and answer to evals.jsonl."""
+    on_gpu = model.device.type == "cuda"
+    line = metrics | {
+        "update": update, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
+        "torch": torch.__version__, "commit": git_commit(), "args": vars(args), "answers": answers}
+    with open(Path(args.out) / "evals.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def evaluate_only(args, model: Denoiser, task: Task) -> float:
-    """--eval_only: print the report of the model as it is, add it with every setting and answer to
-    evals.jsonl; returns the held-out accuracy."""
+    """--eval_only: print the report of the model as it is; returns the held-out accuracy."""
     out, update = Path(args.out), 0
     if args.resume and (out / "state.pt").is_file():
         update = load_state(out, model)["update"]
     metrics, answers = evaluate(args, model, task)
     print_report(task, args, {f"update {update}": metrics}, answers)
     out.mkdir(parents=True, exist_ok=True)
-    on_gpu = model.device.type == "cuda"
-    line = metrics | {
-        "update": update, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
-        "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
-        "torch": torch.__version__, "commit": git_commit(), "args": vars(args), "answers": answers}
-    with open(out / "evals.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    keep_answers(args, model, update, metrics, answers)
     print(f"\n{out}/evals.jsonl has this evaluation with its settings and answers")
     return metrics["eval_accuracy"]
 
@@ -416,24 +420,26 @@ class Run:
             self.fail(f"metrics.jsonl cannot be written: {error}")
 
     def finish(self) -> float:
-        """Write model/ and curve.png, print the report; returns the final held-out accuracy."""
+        """Write evals.jsonl, model/ and curve.png, print the report; returns the final held-out accuracy."""
         from models import save_model
 
         if self.counters["skipped"] and not self.counters["optimizer_steps"]:
             self.fail("no optimizer step was finite")
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        evals = [line for line in lines if "eval_accuracy" in line]
         try:
+            keep_answers(self.args, self.model, self.update, evals[-1], self.answers)
             save_model(self.model, self.out / "model")
         except OSError as error:
             self.fail(f"model/ cannot be written: {error}")
         self.close()
-        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        evals = [line for line in lines if "eval_accuracy" in line]
         plot(lines, self.out / "curve.png", f"{self.method} on {self.args.task}")
         print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.answers)
         nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
         print(f"\n{seconds / 60:.1f} minutes of RL; NFE (canvases evaluated): "
               f"{nfe:,} in rollouts, {updates:,} in updates")
-        print(f"{self.out}/ has metrics.jsonl, curve.png, model/ (a transformers folder) and state.pt")
+        print(f"{self.out}/ has metrics.jsonl, curve.png, evals.jsonl (every answer), model/ (a "
+              "transformers folder) and state.pt")
         print(f"next: --resume {self.out} --updates {2 * self.args.updates} goes on, "
               f"--seed {self.args.seed + 1} repeats, --help lists every setting")
         return evals[-1]["eval_accuracy"]

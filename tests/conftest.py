@@ -24,10 +24,12 @@ import tasks  # noqa: E402
 TEXTS = ["310220000=", "4=", "01400="]  # prompts of three lengths
 
 
-def sharp_model(eos: float = 0.0, dtype: torch.dtype = torch.float32) -> common.Denoiser:
+def sharp_model(
+    eos: float = 0.0, dtype: torch.dtype = torch.float32, task: str = "sudoku"
+) -> common.Denoiser:
     """A random network whose predictions differ by position and context. (An untrained one is near uniform
     everywhere and would forgive almost any mistake.) `eos` is added to the logit of the EOS."""
-    model = pretrain.tiny_model(layers=2, width=32)
+    model = pretrain.tiny_model(layers=2, width=32, task=task)
     gen = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.network.parameters():

@@ -1,5 +1,6 @@
-"""The tiny base, its demonstrations and its cache; models on disk and what load_model refuses."""
+"""The tiny bases, their demonstrations and their cache; models on disk and what load_model refuses."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -10,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import global_random_states, padded_prompts, sharp_model
+from conftest import global_random_states, padded_prompts, recording, sharp_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import pretrain
 import run
 import wd1
 from common import Denoiser
 from models import is_bidirectional, load_model, save_model
-from pretrain import Settings, base_folder, demonstrations, tiny_model, train
-from tasks import sudoku_puzzles, sudoku_split
+from pretrain import (TINY, Settings, base_folder, countdown_demonstrations, sudoku_demonstrations,
+                      tiny_model, train)
+from tasks import (countdown_reward, countdown_split, countdown_tiny_row, load, sudoku_puzzles,
+                   sudoku_split)
 
 SMALL = {"steps": 3, "batch": 8, "layers": 1, "width": 32}
 
@@ -37,17 +41,115 @@ def cache(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------- pretraining
 
 
-@pytest.mark.parametrize("sloppy", [0.0, 0.6, 1.0])
-def test_demonstrations(sloppy):
-    """Chance of a false alarm on the share of wrong answers with another seed: below 1e-4 (it is fixed)."""
-    count, grids = 400, sudoku_split()[0]
-    puzzles, answers = demonstrations(grids, count, sloppy, np.random.default_rng(0))
-    same_puzzles, solutions = sudoku_puzzles(grids, count, np.random.default_rng(0))
-    assert (puzzles == same_puzzles).all()
+def a_share_is_wrong(wrong: float, careless: float):
+    """Chance of a false alarm with another seed: below 1e-4 (it is fixed)."""
+    assert wrong == 0 if careless == 0 else 0.75 * careless < wrong <= careless + 0.05
+
+
+@pytest.mark.parametrize("careless", [0.0, 0.6, 1.0])
+def test_sudoku_demonstrations(careless):
+    """Of training boards alone; careless ones are wrong in the order of a row's missing digits."""
+    count, grids = 400, sudoku_split()["train"]
+    prompts, answers = sudoku_demonstrations(count, careless, np.random.default_rng(0))
+    puzzles, solutions = sudoku_puzzles(grids, count, np.random.default_rng(0))
+    assert prompts == ["".join(map(str, puzzle)) + "=" for puzzle in puzzles]
+    answers = np.array([list(map(int, answer)) for answer in answers])
     assert (answers == puzzles)[puzzles > 0].all()  # clues are kept
     assert (np.sort(answers.reshape(count, 4, 4), 2) == [1, 2, 3, 4]).all()  # rows are right
-    wrong = (answers != solutions).any(1).mean()
-    assert wrong == 0 if sloppy == 0 else 0.75 * sloppy < wrong <= sloppy + 0.05
+    a_share_is_wrong((answers != solutions).any(1).mean(), careless)
+
+
+@pytest.mark.parametrize("careless", [0.0, 0.6, 1.0])
+def test_countdown_demonstrations(careless):
+    """Of training problems alone, their numbers in any order; careless ones miss the target."""
+    prompts, answers = countdown_demonstrations(400, careless, np.random.default_rng(0))
+    rows, orders = [], {}
+    for prompt in prompts:
+        *numbers, _, target, equals = prompt.split()
+        rows.append(countdown_tiny_row({"numbers": list(map(int, numbers)), "target": target}))
+        assert rows[-1]["prompt"] == prompt and equals == "="
+        orders.setdefault((int(target), *sorted(rows[-1]["numbers"])), set()).add(tuple(numbers))
+    train = {(row["target"], *sorted(row["numbers"])) for row in countdown_split()["train"]}
+    assert orders.keys() <= train and len(orders) > 350
+    assert any(len(found) > 1 for found in orders.values())
+    rewards = [countdown_reward(text, row)[0] for text, row in zip(answers, rows, strict=True)]
+    assert set(rewards) <= {0.1, 1.0}  # over exactly the given numbers
+    a_share_is_wrong(rewards.count(0.1) / 400, careless)
+
+
+def sudoku_checks(monkeypatch, shares: dict[str, list[float]]) -> list[tuple]:
+    """Let solved_share say, one after another, what it finds of all rows and of a part. Returns the list that
+    it adds (all or part, optimizer steps so far, the weights asked) to."""
+    asked, steps = [], []
+    whole = len(load("sudoku", chat=False, train=False, held_out="validation").test)
+    validation = {"".join(map(str, grid)) for grid in sudoku_split()["validation"]}
+
+    def solved_share(model, task, rows, L, block):
+        assert (L, block) == (16, 16) and {row["solution"] for row in rows} <= validation
+        kind = "all" if len(rows) == whole else "part"
+        asked.append((kind, len(steps), weights(model)))
+        return shares[kind].pop(0)
+
+    monkeypatch.setattr("pretrain.loss_of", recording(pretrain.loss_of, steps))
+    monkeypatch.setattr("pretrain.solved_share", solved_share)
+    return asked
+
+
+def test_a_base_stops_when_it_solves_enough_of_all_validation_rows(monkeypatch):
+    """A part that is good enough is not: it says when all are asked."""
+    asked = sudoku_checks(monkeypatch, {"part": [0.1, 0.9, 0.9, 0.49], "all": [0.2, 0.49, 0.5]})
+    base = train(Settings(batch=1, layers=1, width=32, solved=0.5))
+    assert [(kind, step) for kind, step, _ in asked] == [
+        ("part", 20), ("part", 40), ("all", 40), ("part", 60), ("all", 60), ("part", 80), ("all", 80)]
+    assert torch.equal(weights(base), asked[-1][2])  # what was asked is what comes back
+
+
+def test_a_base_that_does_not_learn_enough_ends_and_says_so(monkeypatch, capsys):
+    asked = sudoku_checks(monkeypatch, {"part": [0.0], "all": []})
+    train(Settings(steps=23, batch=1, layers=1, width=32, solved=0.5))
+    assert [step for _, step, _ in asked] == [20]
+    assert "stopped after 23 steps: the base solves less than 50%" in capsys.readouterr().out
+
+
+def test_the_base_has_the_averaged_weights(monkeypatch):
+    """w = 0.98 w + 0.02 times those after the step, from those after the first."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *inputs, **options):
+        out = step(self, *inputs, **options)
+        seen.append(torch.cat([p.detach().flatten() for p in self.param_groups[0]["params"]]))
+        return out
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    base = weights(train(Settings(steps=12, batch=2, layers=1, width=32)))
+    average = seen[0].double()
+    for raw in seen[1:]:
+        average = 0.98 * average + 0.02 * raw
+    assert len(seen) == 12 and torch.allclose(base.double(), average, rtol=0, atol=1e-6)
+    assert (base - seen[-1]).abs().max() > 1e-3  # those of the last step are others
+
+
+@pytest.mark.parametrize("flags, task, careless", [
+    ("", "sudoku", 0.6), ("--task countdown", "countdown", 0.3),
+    ("--careless 0.5 --task=countdown", "countdown", 0.5)])
+def test_the_command_line_has_defaults_for_each_task(flags, task, careless, cache, monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr("pretrain.train", lambda settings: built.append(settings) or train(settings))
+    small = "--steps 1 --batch 8 --layers 1 --width 32 --solved 0".split()
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *flags.split(), *small])
+    pretrain.main()
+    folder = Path(capsys.readouterr().out.splitlines()[-1].rpartition(" (")[0])
+    assert (built[0].task, built[0].careless, built[0].steps, built[0].solved) == (task, careless, 1, 0)
+    assert json.loads((folder / "config.json").read_text())["tiny_task"] == task
+
+
+def test_an_unknown_task_is_refused_in_one_line(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--task", "chess"])
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1, err
+    assert "chess" in err and "sudoku, countdown" in err and not any(tmp_path.iterdir())
 
 
 def test_the_base_is_built_once_and_loads(cache, monkeypatch):
@@ -58,7 +160,7 @@ def test_the_base_is_built_once_and_loads(cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("pretrain.train", lambda settings: pytest.fail("built a second time"))
         assert base_folder(Settings(**SMALL)) == folder
-    others = [base_folder(Settings(**SMALL | change)) for change in ({"seed": 1}, {"sloppy": 0.5})]
+    others = [base_folder(Settings(**SMALL | change)) for change in ({"seed": 1}, {"careless": 0.5})]
     assert len({folder, *others}) == 3
     base, other = load_model(str(folder)), load_model(str(others[0]))
     assert not torch.equal(weights(base), weights(other))
@@ -66,15 +168,20 @@ def test_the_base_is_built_once_and_loads(cache, monkeypatch):
 
 
 def test_model_tiny_is_the_base(cache, monkeypatch):
-    monkeypatch.setattr("pretrain.Settings", lambda: Settings(**SMALL))
-    monkeypatch.setattr("sys.argv", ["wd1.py", "--eval_rows", "8"])
-    model, _ = run.setup(run.parse_args(wd1.Args, "wd1", wd1.COUNTDOWN, wd1.LLM))
-    assert torch.equal(weights(model), weights(load_model(str(base_folder(Settings(**SMALL))))))
+    """Of the task of the command line."""
+    for task in TINY:
+        small = Settings(**SMALL, task=task)
+        monkeypatch.setitem(TINY, task, dataclasses.replace(TINY[task], settings=small))
+        monkeypatch.setattr("sys.argv", ["wd1.py", "--task", task, "--eval_rows", "8"])
+        model, _ = run.setup(run.parse_args(wd1.Args, "wd1", wd1.COUNTDOWN, wd1.LLM))
+        assert torch.equal(weights(model), weights(load_model(str(base_folder(small)))))
+        assert model.network.config.tiny_task == task
 
 
 @pytest.mark.parametrize("change", [
     {"steps": 0}, {"batch": 0}, {"layers": 0}, {"width": 33}, {"width": 0}, {"width": 16}, {"seed": -1},
-    {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"sloppy": 1.5}, {"sloppy": float("nan")}])
+    {"lr": 0.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"careless": 1.5}, {"careless": float("nan")},
+    {"solved": 1.5}, {"solved": -0.1}, {"solved": float("nan")}, {"task": "chess"}])
 def test_refused_settings(cache, tmp_path, capsys, change):
     """One line and exit status 2, before anything is built."""
     with pytest.raises(SystemExit) as stopped:
@@ -107,22 +214,20 @@ def test_the_base_does_not_depend_on_the_global_generators():
     assert torch.equal(*bases)
 
 
-def test_pretraining_lowers_the_loss():
-    """40 steps: from log 14 for a uniform guess to below log 5, digits 1-4 almost alone."""
-    settings = Settings(steps=40, batch=32, layers=1, width=32, lr=1e-2)
-    puzzles, answers = demonstrations(sudoku_split()[1], 64, 0.0, np.random.default_rng(9))
-    base = train(settings)
-    prompt = torch.nn.functional.pad(torch.from_numpy(puzzles) + 4, (0, 1), value=3)  # "0" is token 4, "=" 3
-    assert base.tokenizer("=0123")["input_ids"] == [3, 4, 5, 6, 7]
-    x = torch.cat([prompt, torch.full((64, 16), base.mask_id)], 1)
-    target = torch.from_numpy(answers) + 4
+@pytest.mark.parametrize("task, start, end", [("sudoku", 10, 5), ("countdown", 60, 25)])
+def test_pretraining_lowers_the_loss(task, start, end, monkeypatch):
+    """60 steps: from a uniform guess among 14 (71) tokens to a better one than among 5 (25). A token on a
+    board is one of four."""
+    monkeypatch.setattr("pretrain.solved_share", lambda *_: 0.0)
+    base = train(Settings(task=task, steps=60, batch=32, layers=1, width=32, lr=1e-2))
+    pairs = TINY[task].demonstrations(256, 0.0, np.random.default_rng(9))
 
     def loss(model):
         with torch.no_grad():
-            return torch.nn.functional.cross_entropy(model.head(model.body(x, None))[:, -16:].mT, target)
+            return pretrain.loss_of(model, *pairs, TINY[task].L, np.random.default_rng(8)).item()
 
-    assert loss(tiny_model(1, 32)) > np.log(10)
-    assert loss(base) < np.log(5)
+    assert loss(tiny_model(1, 32, task=task)) > np.log(start)
+    assert loss(base) < np.log(end)
 
 
 # -------------------------------------------------------------------------------------------- models on disk

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import LAYOUTS, write
-from conftest import sharp_model
 from test_methods import METHODS, launch, lines, same_run
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import common
 import models
+import pretrain
 import run
 
 QUESTIONS = [f"What is {a} plus {a + 1}?" for a in range(20)]
@@ -112,15 +112,29 @@ def settings(monkeypatch, method: str, *argv):
 def test_a_model_that_reads_words_starts_from_the_papers_settings(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no earlier run has the default --out
     write("a2d-qwen3", tmp_path / "real")
-    models.save_model(sharp_model(), tmp_path / "characters")
+    assert "tiny_task" not in json.loads((tmp_path / "real" / "config.json").read_text())
     llm = importlib.import_module(method).LLM
-    paper = settings(monkeypatch, method, "--model", tmp_path / "real", "--task", "gsm8k", "--seed", 5)
-    assert {k: vars(paper)[k] for k in llm} == llm and (paper.seed, paper.task) == (5, "gsm8k")
-    assert vars(settings(monkeypatch, method, "--model", "someone/some-hub-id"))["L"] == 256
+    for task in ("gsm8k", "sudoku", "countdown"):
+        paper = settings(monkeypatch, method, "--model", tmp_path / "real", "--task", task, "--seed", 5)
+        assert {k: vars(paper)[k] for k in llm} == llm and (paper.seed, paper.task) == (5, task)
+        assert settings(monkeypatch, method, "--model", "someone/some-hub-id", "--task", task).L == 256
     assert settings(monkeypatch, method, "--model", tmp_path / "real", "--G", 3).G == 3
-    tiny = settings(monkeypatch, method, "--model", tmp_path / "characters")
-    default = settings(monkeypatch, method)
-    assert vars(tiny) | {"model": "tiny"} == vars(default) and default.L == 16
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tiny_model_starts_from_the_settings_of_its_task(method, tmp_path, monkeypatch):
+    """By name, and as a folder that its config says is one."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(method)
+    assert (module.COUNTDOWN["L"], module.COUNTDOWN["block"]) == (8, 4)  # as its base was made
+    for task, changed in (("sudoku", {}), ("countdown", module.COUNTDOWN)):
+        models.save_model(pretrain.tiny_model(1, 32, task=task), tmp_path / task)
+        tiny = settings(monkeypatch, method, "--task", task)
+        expected = vars(module.Args(task=task, out=f"runs/{method}-{task}-1", **changed))
+        assert vars(tiny) == expected
+        folder = settings(monkeypatch, method, "--model", tmp_path / task, "--task", task)
+        assert vars(folder) == expected | {"model": str(tmp_path / task)}
+        assert settings(monkeypatch, method, f"--task={task}", "--L", 32).L == 32
 
 
 def test_eval_only_gives_the_number_of_the_run_and_keeps_it_with_its_settings(data, tmp_path, capsys):
@@ -133,8 +147,9 @@ def test_eval_only_gives_the_number_of_the_run_and_keeps_it_with_its_settings(da
     launch("wd1", "--resume", out, "--eval_only")
     assert "greedy: L 16, S 4, block 8, order top_prob; adaptive: threshold 0.4" in capsys.readouterr().out
     launch("wd1", "--resume", out, "--eval_only")
-    first, second = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
+    end, first, second = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
     assert first == second  # none replaces another
+    assert {k: v for k, v in end.items() if k != "args"} == {k: v for k, v in first.items() if k != "args"}
     assert {k: first[k] for k in last} == last and "threshold_accuracy" in last
     said = first | first["args"]
     for key in ("model", "revision", "task", "data", "test_data", "L", "S", "block", "order"):

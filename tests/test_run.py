@@ -149,6 +149,24 @@ def test_an_out_that_cannot_be_written_is_found_before_the_model_is_loaded(out, 
     assert "cannot be written" in refused(capfd, "--model", folder, "--out", out)
 
 
+@pytest.mark.parametrize("task, other", [("sudoku", "countdown"), ("countdown", "sudoku")])
+def test_a_tiny_model_is_refused_another_task(task, other, tmp_path, capfd, monkeypatch):
+    """Its words are no others. In one line, before the model is loaded."""
+    models.save_model(pretrain.tiny_model(1, 32, task=task), tmp_path / "model")
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("loaded"))
+    for wrong in (other, "gsm8k"):
+        said = refused(capfd, "--model", tmp_path / "model", "--task", wrong, "--out", tmp_path / "run")
+        assert f"{tmp_path}/model is a tiny model of --task {task}" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_tiny_is_refused_a_task_in_words_before_it_is_built(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(pretrain, "base_folder", lambda *_: pytest.fail("built"))
+    said = refused(capfd, "--task", "gsm8k", "--out", tmp_path / "run")
+    assert said == "error: --model tiny knows sudoku and countdown: gsm8k needs another --model"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_is_finite_and_led_to_a_finite_update(folder, tmp_path):
     """One enormous step: the weights are finite, what is computed with them is not."""
     out = tmp_path / "run"

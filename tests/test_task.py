@@ -1,6 +1,9 @@
-"""Sudoku, its reward, prompts in and answers out, and the private random generators."""
+"""The tiny tasks, Sudoku and Countdown: problems and rewards; prompts in and answers out; private draws."""
 
 import csv
+import itertools
+import re
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,10 @@ import torch
 from conftest import ROOT, global_random_states, sharp_model
 
 from common import draw_prompts, encode, generator, reward_rows, until_eos
-from tasks import sudoku, sudoku_draw, sudoku_grids, sudoku_puzzles, sudoku_reward, sudoku_split
+from pretrain import tiny_model
+from tasks import (countdown_answers, countdown_chat_reward, countdown_draw, countdown_reward,
+                   countdown_split, countdown_tiny_row, load, sudoku, sudoku_draw, sudoku_grids,
+                   sudoku_puzzles, sudoku_reward, sudoku_split)
 
 PUBLIC = ROOT.parent / "shared" / "data" / "4x4_test_sudoku.csv"
 ROW = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
@@ -52,12 +58,14 @@ def test_there_are_288_grids():
     assert len(sudoku_grids()) == 288
 
 
-def test_train_and_test_share_no_solution(task):
-    train, test = ({"".join(map(str, grid)) for grid in part} for part in sudoku_split())
-    assert (len(train), len(test), len(train | test)) == (228, 60, 288)
-    assert (len(task.train), len(task.test)) == (8192, 1024)
-    assert {row["solution"] for row in task.train} == train
-    assert {row["solution"] for row in task.test} == test
+def test_the_three_parts_share_no_solution(task):
+    parts = {name: {"".join(map(str, grid)) for grid in grids} for name, grids in sudoku_split().items()}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 180, "validation": 48, "test": 60}
+    assert len(set.union(*parts.values())) == 288
+    validation = load("sudoku", chat=False, train=False, held_out="validation")
+    assert (len(task.train), len(task.test), len(validation.test)) == (8192, 1024, 1024)
+    for name, rows in (("train", task.train), ("test", task.test), ("validation", validation.test)):
+        assert {row["solution"] for row in rows} == parts[name]
 
 
 def test_boards(task):
@@ -153,6 +161,138 @@ def test_draw_marks_every_wrong_cell():
     lines = sudoku_draw("1" + GOLD[1:], ROW)
     assert lines == ["3 1 · 2   !1 1 4 2", "2 · · ·    2 4 3 1", "· 2 1 ·    4 2 1 3", "· 3 2 ·    1 3 2 4"]
     assert sudoku_draw("12 3", ROW) == ["3102200002100320 -> '12 3' (not 16 digits)"]
+
+
+# -------------------------------------------------------------------------------------------------- countdown
+
+
+def reachable(numbers: tuple[int, ...]) -> set[Fraction]:
+    """The values of all binary trees over the numbers in any order: every way to part them in two."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0])}
+    found = set()
+    for chosen in itertools.product((True, False), repeat=len(numbers)):
+        left, right = (tuple(n for n, c in zip(numbers, chosen, strict=True) if c == side)
+                       for side in (True, False))
+        if left and right:
+            for a, b in itertools.product(reachable(left), reachable(right)):
+                found |= {a + b, a - b, a * b} | ({a / b} if b else set())
+    return found
+
+
+SETS = [(7,), (1, 1), (3, 8), (20, 4), (2, 3, 7), (4, 4, 4), (1, 20, 20), (5, 6, 1), (1, 1, 2), (1, 5, 5, 5),
+        (3, 3, 8, 8)]
+
+
+@pytest.mark.parametrize("numbers", SETS)
+def test_countdown_answers(numbers):
+    answers = countdown_answers(numbers)
+    assert answers.keys() == reachable(numbers)
+    texts = sum(answers.values(), [])
+    assert len(set(texts)) == len(texts)
+    for value, found in answers.items():
+        for text in found:
+            tokens = re.findall(r"\d+|\S", text)
+            assert sorted(int(token) for token in tokens if token.isdigit()) == sorted(numbers)
+            assert eval(re.sub(r"\d+", r"Fraction(\g<0>)", text)) == value, text
+            assert len(tokens) <= 7 or len(numbers) > 3
+
+
+def key(row: dict) -> tuple:
+    return int(row["target"] if "target" in row else row["answer"]), *sorted(row["numbers"])
+
+
+def test_countdown_problems():
+    """Three parts without a common problem; of each set of numbers every target there is, and no other."""
+    parts = countdown_split()
+    assert {name: len(rows) for name, rows in parts.items()} == {
+        "test": 1024, "validation": 1024, "train": 12159}
+    keys = [key(row) for rows in parts.values() for row in rows]
+    assert len(set(keys)) == len(keys)
+    for rows in parts.values():
+        assert {len(row["numbers"]) for row in rows} == {2, 3}
+        assert any(row["numbers"] != sorted(row["numbers"]) for row in rows)
+    targets = {}
+    for target, *numbers in keys:
+        targets.setdefault(tuple(numbers), set()).add(target)
+    assert len(targets) == 210 + 1540  # multisets of two and of three of the 20 numbers
+    for numbers in list(targets)[::40]:
+        assert targets[numbers] == reachable(numbers) & set(range(1, 61)), numbers
+    assert countdown_split.__wrapped__() == parts
+    task = load("countdown", chat=False)
+    assert [key(row) for row in task.train + task.test] == [
+        key(row) for row in parts["train"] + parts["test"]]
+    validation = load("countdown", chat=False, train=False, held_out="validation")
+    assert validation.train == [] and [*map(key, validation.test)] == [*map(key, parts["validation"])]
+
+
+def test_countdown_prompts():
+    row = countdown_tiny_row({"nums": [3, 7, 2], "target": 13})
+    assert row == {"prompt": "3 7 2 > 13 =", "question": "3, 7, 2 -> 13", "answer": "13",
+                   "numbers": [3, 7, 2]}
+    assert countdown_tiny_row({"input": "20,1", "output": "60"})["prompt"] == "20 1 > 60 ="
+    model = tiny_model(1, 32, task="countdown")
+    for row in countdown_split()["test"]:  # a token nobody knows would raise
+        ids = model.tokenizer(countdown_tiny_row(row)["prompt"])["input_ids"]
+        assert len(ids) == len(row["numbers"]) + 3
+
+
+@pytest.mark.parametrize("numbers, target", [
+    ([3, 21], 24), ([3, 7, 2, 1], 13), ([5], 5), ([], 5), ([0, 7], 7), ([3, -2], 1), ([30, 31], 61),
+    ([20, 20], 61), ([3, 3], 0)])
+def test_countdown_rows_a_tiny_model_does_not_know(numbers, target):
+    with pytest.raises(ValueError, match="integers from 0|two or three numbers from 1 to 20 and a"):
+        countdown_tiny_row({"numbers": numbers, "target": target})
+
+
+def paid(text: str, numbers: list[int], target: int) -> tuple[float, float, str]:
+    """Reward, parse_fail and text of an answer as the tiny model says it: as tokens, with EOS behind."""
+    model = tiny_model(1, 32, task="countdown")
+    row = countdown_tiny_row({"numbers": numbers, "target": target})
+    ids = model.tokenizer(text)["input_ids"] + [model.eos_id]
+    task = SimpleNamespace(reward=countdown_reward, parallel=False)
+    total, parts, texts = reward_rows(model, task, torch.tensor([ids]), [row])
+    return round(total.item(), 6), parts["parse_fail"].item(), texts[0]
+
+
+@pytest.mark.parametrize("text, numbers, target, expected", [
+    ("3*2+7", [3, 7, 2], 13, (1.0, 0.0, "3 * 2 + 7")),
+    ("(7-3)/2", [3, 7, 2], 2, (1.0, 0.0, "( 7 - 3 ) / 2")),
+    ("3+2+7", [3, 7, 2], 13, (0.1, 0.0, "3 + 2 + 7")),
+    ("3/(7-7)", [3, 7, 7], 3, (0.1, 0.0, "3 / ( 7 - 7 )")),
+    ("3*2=6", [3, 2], 6, (1.0, 0.0, "3 * 2 = 6")),
+    ("3*2=5", [3, 2], 6, (1.0, 0.0, "3 * 2 = 5")),  # what it says behind "=" is not read
+    ("6+7", [3, 7, 2], 13, (0.0, 0.0, "6 + 7")),  # another number
+    ("13", [3, 7, 2], 13, (0.0, 0.0, "13")),
+    ("3*2+", [3, 7, 2], 13, (0.0, 1.0, "3 * 2 +")),
+    ("", [3, 7, 2], 13, (0.0, 1.0, "")),
+    ("12+3", [12, 3], 15, (1.0, 0.0, "12 + 3")),
+    ("1 2+3", [12, 3], 15, (0.0, 1.0, "1 2 + 3")),  # two tokens are never one number
+    ("1 2+3", [1, 2, 3], 15, (0.0, 1.0, "1 2 + 3")),
+])
+def test_countdown_rewards_of_what_the_tokenizer_says(text, numbers, target, expected):
+    assert paid(text, numbers, target) == expected
+    row = {"numbers": numbers, "answer": str(target)}
+    assert countdown_chat_reward(expected[2], row)[0] == 0  # between tags, from a model that reads words
+    assert countdown_chat_reward(f"<answer>{expected[2]}</answer>", row)[0] == expected[0]
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("3 * 2 + 7", "right"),
+    ("3 * 2 + 7 = 13", "right"),
+    ("3 + 2 + 7", "is 12, not 13"),
+    ("7 / ( 3 * 2 )", "is 7/6, not 13"),
+    ("3 * 2 - 7 = 13", "is -1, not 13"),
+    ("6 + 7", "not an expression over 3, 7, 2"),
+    ("3 7 2", "not an expression over 3, 7, 2"),
+    ("", "not an expression over 3, 7, 2"),
+])
+def test_countdown_drawn(text, verdict):
+    row = countdown_tiny_row({"numbers": [3, 7, 2], "target": 13})
+    [line] = countdown_draw(text, row)
+    assert " ".join(line.split()) == " ".join(f"3 7 2 > 13 = {text} {verdict}".split())
+    same = countdown_tiny_row({"numbers": [3, 7, 7], "target": 3})
+    assert countdown_draw("3 / (7 - 7)", same)[0].endswith("divides by zero")
 
 
 # ---------------------------------------------------------------------------------------------- text and ids

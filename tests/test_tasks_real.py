@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, global_random_states
 
 import tasks
-from tasks import (BOXED, CODE, TAGS, boxed, code_block, code_reward, code_row, countdown_reward,
+from tasks import (BOXED, CODE, TAGS, boxed, code_block, code_reward, code_row, countdown_chat_reward,
                    gsm8k_reward, load, math_reward, read_number)
 
 DATA = ROOT.parent / "shared" / "data"
@@ -254,12 +254,12 @@ def test_countdown_golds():
     for row in rows:
         found = solutions(row["numbers"])
         hit = found.pop(Fraction(row["answer"]))
-        assert countdown_reward(f"<answer>{hit}</answer>", row) == (1.0, RIGHT), hit
-        assert countdown_reward(f"<answer>\n{hit} = {row['answer']}\n</answer>", row) == (1.0, RIGHT)
-        assert countdown_reward(hit, row) == (0.0, UNREADABLE)
+        assert countdown_chat_reward(f"<answer>{hit}</answer>", row) == (1.0, RIGHT), hit
+        assert countdown_chat_reward(f"<answer>\n{hit} = {row['answer']}\n</answer>", row) == (1.0, RIGHT)
+        assert countdown_chat_reward(hit, row) == (0.0, UNREADABLE)
         for miss in list(found.values())[::7]:
-            assert countdown_reward(f"<answer>{miss}</answer>", row) == (0.1, WRONG), miss
-            assert countdown_reward(f"<answer>{miss} = {row['answer']}</answer>", row) == (0.1, WRONG), miss
+            for text in (miss, f"{miss} = {row['answer']}"):
+                assert countdown_chat_reward(f"<answer>{text}</answer>", row) == (0.1, WRONG), text
 
 
 @pytest.mark.parametrize("numbers, target, answer, total, parse_fail", [
@@ -312,15 +312,15 @@ def test_countdown_golds():
 def test_countdown_edge_cases(numbers, target, answer, total, parse_fail):
     row = {"numbers": numbers, "answer": str(target)}
     expected = {"correct": float(total == 1), "parse_fail": parse_fail}
-    assert countdown_reward(f"<answer>{answer}</answer>", row) == (total, expected)
+    assert countdown_chat_reward(f"<answer>{answer}</answer>", row) == (total, expected)
 
 
 def test_countdown_reads_the_last_answer():
     row = {"numbers": [3, 5], "answer": "8"}
     text = "In <answer> tags: <answer>3*5</answer>, or <answer>3+5</answer>"
-    assert countdown_reward(text, row) == (1.0, RIGHT)
+    assert countdown_chat_reward(text, row) == (1.0, RIGHT)
     for text in ("<answer>3+5</answer> or <answer>5+", "<answer>3+5", "3+5</answer>", "3+5"):
-        assert countdown_reward(text, row) == (0.0, UNREADABLE)
+        assert countdown_chat_reward(text, row) == (0.0, UNREADABLE)
 
 
 # ----------------------------------------------------------------------------------------------------- sudoku
@@ -623,10 +623,10 @@ WRAP = {"gsm8k": "\\boxed{{{}}}", "math": "\\boxed{{{}}}", "mbpp": "```python\n{
 COUNT = {"math": 60, "mbpp": 20, "humaneval": 20}  # these start processes
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
-def test_no_text_breaks_a_reward(name, capfd, recwarn):
+@pytest.mark.parametrize("name, recipe", [*tasks.TASKS.items(), *tasks.TINY_TASKS.items()])
+def test_no_text_breaks_a_reward(name, recipe, capfd, recwarn):
     """Nor makes it print, warn, or draw a random number; and a drawing fits into a terminal."""
-    recipe, gen = tasks.TASKS[name], random.Random(0)
+    gen = random.Random(0)
     row = recipe.row(REWARDS[name])
     before, readable = global_random_states(), set()
     for _ in range(COUNT.get(name, 3000)):
@@ -919,7 +919,7 @@ def test_refused_tasks():
     every = "sudoku, gsm8k, math, countdown, mbpp, humaneval"
     with pytest.raises(ValueError, match=f"^unknown task 'chess': choose from {every}$"):
         load("chess", chat=True)
-    for name in ("gsm8k", "math", "countdown", "mbpp", "humaneval"):
+    for name in ("gsm8k", "math", "mbpp", "humaneval"):
         with pytest.raises(ValueError, match=f"^{name} needs a model with a chat template$"):
             load(name, chat=False)
 
