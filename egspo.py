@@ -49,8 +49,8 @@ from run import Flags, Run, evaluate_only, parse_args, setup
 
 @dataclass
 class Args(Flags):
-    prompts: int = 32  # prompts per rollout
-    G: int = 8  # samples per prompt (a group)
+    prompts: int = 16  # prompts per rollout
+    G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)

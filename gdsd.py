@@ -43,19 +43,19 @@ from run import Flags, Run, evaluate_only, parse_args, setup
 @dataclass
 class Args(Flags):
     prompts: int = 32  # prompts per rollout
-    G: int = 8  # samples per prompt (a group)
+    G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 60  # rollouts, each with its optimizer steps
+    updates: int = 12  # rollouts, each with its optimizer steps
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     num_mc: int = 2  # mask pairs per row (paper: 2)
     psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10; see above)
     beta: float = 0.0  # weight of the reference (paper: 1e-3; see above); 0: no reference model
     passes: int = 2  # mu, passes per rollout (paper: 8)
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
+    lr: float = 2e-4  # AdamW (paper: 3e-6; MATH 1e-5)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
 

@@ -43,12 +43,12 @@ from run import Flags, Run, evaluate_only, parse_args, setup
 @dataclass
 class Args(Flags):
     prompts: int = 32  # prompts per rollout
-    G: int = 8  # samples per prompt (a group)
+    G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 80  # rollouts, each with its optimizer steps
+    updates: int = 60  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
     K: int = 4  # denoising steps per row (paper: k = 4)
@@ -60,7 +60,7 @@ class Args(Flags):
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.01); 0: no reference model
     passes: int = 1  # passes over a rollout (paper: 1)
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 1e-4  # AdamW (paper: 1e-6)
+    lr: float = 2e-4  # AdamW (paper: 1e-6)
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
 
 

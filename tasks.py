@@ -393,45 +393,46 @@ def evaluate(node: ast.expr) -> Fraction:
 LARGEST, TARGETS = 20, range(1, 61)  # the tiny model's numbers are 1 to 20; each is one token
 
 
-def expressions(numbers: tuple[int, ...]) -> list[tuple[str, Fraction, str]]:
-    """Every expression over the numbers in this order: its text, its value and its outermost sign ("" for a
-    number). What a - (b - c) says is said by a - b + c, so nothing is nested to the right at equal rank."""
+def expressions(numbers: tuple[int, ...]) -> list[tuple[str, int, str]]:
+    """Every expression with + - * over the numbers in this order: its text, its value and its outermost sign
+    ("" for a number). What a - (b - c) says is said by a - b + c: nothing is nested to the right at equal
+    rank."""
     if len(numbers) == 1:
-        return [(str(numbers[0]), Fraction(numbers[0]), "")]
+        return [(str(numbers[0]), numbers[0], "")]
     found = []
     for cut in range(1, len(numbers)):
         for left, right in itertools.product(expressions(numbers[:cut]), expressions(numbers[cut:])):
-            for sign, apply in zip("+-*/", OPERATORS.values(), strict=True):
-                weak = "+-" if sign in "*/" else ""  # what needs parentheses under this sign
-                if right[2] and (right[2] in "*/") == (sign in "*/") or sign == "/" and right[1] == 0:
+            for sign, apply in (("+", operator.add), ("-", operator.sub), ("*", operator.mul)):
+                if right[2] and (right[2] == "*") == (sign == "*"):
                     continue
-                a, b = (f"({text})" if inner and inner in weak else text for text, _, inner in (left, right))
+                a, b = (f"({text})" if sign == "*" and inner in ("+", "-") else text
+                        for text, _, inner in (left, right))
                 found.append((f"{a} {sign} {b}", apply(left[1], right[1]), sign))
     return found
 
 
 @functools.cache
-def countdown_answers(numbers: tuple[int, ...]) -> dict[Fraction, list[str]]:
-    """The expressions over the numbers in any order, by their value."""
+def countdown_answers(numbers: tuple[int, ...]) -> dict[int, list[str]]:
+    """The expressions over the numbers in this order, by their value."""
     values = {}
-    for order in sorted(set(itertools.permutations(numbers))):
-        for text, value, _ in expressions(order):
-            values.setdefault(value, []).append(text)
+    for text, value, _ in expressions(numbers):
+        values.setdefault(value, []).append(text)
     return values
 
 
 @functools.cache
 def countdown_split() -> dict[str, list[dict]]:
-    """All problems of two or three numbers from 1 to 20 with a target from 1 to 60 that they can reach, the
-    numbers in any order: 1024 held out, 1024 for validation, the rest for training. None shares its target
-    and numbers with another."""
-    sets = [numbers for count in (2, 3)
-            for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), count)]
-    problems = [(numbers, target) for numbers in sets for target in TARGETS
-                if target in countdown_answers(numbers)]
-    rng = np.random.default_rng(0)
-    rows = [{"numbers": rng.permutation(problems[i][0]).tolist(), "target": problems[i][1]}
-            for i in rng.permutation(len(problems))]
+    """All problems of two or three numbers from 1 to 20 with a target from 1 to 60, the numbers in an order
+    that reaches it by + - *: 1024 held out, 1024 for validation, the rest for training. None shares its
+    target and numbers with another."""
+    orders = {}  # (target, the numbers sorted): orders that reach it
+    for numbers in itertools.chain(*(itertools.product(range(1, LARGEST + 1), repeat=n) for n in (2, 3))):
+        for target in countdown_answers(numbers):
+            if target in TARGETS:
+                orders.setdefault((target, *sorted(numbers)), []).append(numbers)
+    rng, keys = np.random.default_rng(0), sorted(orders)
+    rows = [{"numbers": list(orders[keys[i]][rng.integers(len(orders[keys[i]]))]), "target": keys[i][0]}
+            for i in rng.permutation(len(keys))]
     return {"test": rows[:1024], "validation": rows[1024:2048], "train": rows[2048:]}
 
 

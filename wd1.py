@@ -26,7 +26,7 @@ for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1)
 
 python wd1.py                          4x4 Sudoku, 28 to 36 % of the held-out boards solved
 python wd1.py --positive_only          w+ alone: imitate the group's best
-python wd1.py --plusplus --K 4 --passes 1 --minibatches 2 --lr 1e-4        28 to 60 %
+python wd1.py --plusplus --K 4 --passes 1 --prompts 16 --minibatches 2 --lr 2e-4 --updates 100
 """
 
 import math
@@ -49,7 +49,7 @@ class Args(Flags):
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 80  # rollouts, each with its optimizer steps
+    updates: int = 40  # rollouts, each with its optimizer steps
     plusplus: bool = False  # wd1++: score the denoising trajectory
     positive_only: bool = False  # drop w-, the push away from bad completions
     K: int = 8  # wd1++: denoising steps per row that stand for all S, drawn uniformly

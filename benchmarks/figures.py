@@ -1,10 +1,8 @@
-"""The README's pictures: results/methods.png from results/runs.jsonl, results/tree.png from the tiny base.
+"""The README's picture of one group, results/tree.png, from the tiny base.
 
 python benchmarks/figures.py
 """
 
-import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -19,44 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 from common import canvas, denoise, encode, generator  # noqa: E402
 from models import load_model  # noqa: E402
-from pretrain import base_folder  # noqa: E402
+from pretrain import TINY, base_folder  # noqa: E402
 from tasks import sudoku  # noqa: E402
-
-COLOURS = {"EGSPO-SA": "tab:orange", "wd1++": "tab:green", "RLDF": "tab:blue", "GDSD (`logp`)": "tab:purple",
-           "GDSD (`tlc`)": "tab:red", "wd1": "tab:gray"}
-
-
-def methods():
-    """Held-out accuracy over the updates: mean and standard deviation over the seeds."""
-    rows = [json.loads(line) for line in (ROOT / "results" / "runs.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), constrained_layout=True)
-    ends = []
-    for method, colour in COLOURS.items():
-        curves = [row["curve"] for row in rows if row["method"] == method]
-        x = [update for update, *_ in curves[0]]
-        points = [[100 * solved for _, solved, _ in point] for point in zip(*curves, strict=True)]
-        mean, spread = map(statistics.mean, points), map(statistics.stdev, points)
-        mean, spread = list(mean), list(spread)
-        axes.plot(x, mean, color=colour, lw=2)
-        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        ends.append([mean[-1], x[-1], f" {method.replace('`', '')}: {mean[-1]:.0f} %", colour])
-    height = 0
-    for y, x, label, colour in sorted(ends):  # from below, so that labels do not overlap
-        height = max(y, height + 4) if y - height < 4 else y
-        axes.annotate(label, (x, y), (103, height), color=colour, va="center",
-                      arrowprops=dict(arrowstyle="-", color=colour, lw=0.5))
-    axes.set(xlabel="updates", ylabel="held-out boards solved, %", xlim=(0, 132), ylim=(20, 75),
-             xticks=range(0, 101, 20))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    figure.savefig(ROOT / "results" / "methods.png", dpi=130)
-    plt.close(figure)
 
 
 def tree(prompt: int = 0, G: int = 8, S: int = 8):
     """One group of the base's: a node is a distinct canvas, its number the rows that are there."""
-    model, row = load_model(str(base_folder())), sudoku().train[prompt]
+    model, row = load_model(str(base_folder(TINY["sudoku"].settings))), sudoku().train[prompt]
     tokens, mask = encode(model, [row["prompt"]] * G)
     roll = denoise(model, tokens, mask, [generator("cpu", 1, "rollout", 0, prompt)], L=16, S=S, block=16)
     states = torch.stack([canvas(roll, roll.step >= s) for s in range(S)], 1).tolist()  # (G, S, P+L)
@@ -82,4 +49,3 @@ def tree(prompt: int = 0, G: int = 8, S: int = 8):
 
 if __name__ == "__main__":
     tree()
-    methods()

@@ -43,7 +43,7 @@ def updates(command: str, model: str, distinct, folder: str) -> list[dict]:
         sys.argv = [f"{name}.py", *flags, *"--updates 6 --eval_rows 1 --eval_threshold 0 --seed 5".split(),
                     "--model", model, "--out", f"{out}/run"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            module.train(run.parse_args(module.Args, name, module.LLM))
+            module.train(run.parse_args(module.Args, name, module.COUNTDOWN, module.LLM))
         lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 

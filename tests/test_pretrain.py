@@ -112,7 +112,7 @@ def test_a_base_that_does_not_learn_enough_ends_and_says_so(monkeypatch, capsys)
 
 
 def test_the_base_has_the_averaged_weights(monkeypatch):
-    """w = 0.98 w + 0.02 times those after the step, from those after the first."""
+    """Those after step k count k (k + 1) (k + 2) times: 83 % of the weight is that of the last third."""
     seen, step = [], torch.optim.AdamW.step
 
     def recorded(self, *inputs, **options):
@@ -122,25 +122,25 @@ def test_the_base_has_the_averaged_weights(monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     base = weights(train(Settings(steps=12, batch=2, layers=1, width=32)))
-    average = seen[0].double()
-    for raw in seen[1:]:
-        average = 0.98 * average + 0.02 * raw
-    assert len(seen) == 12 and torch.allclose(base.double(), average, rtol=0, atol=1e-6)
-    assert (base - seen[-1]).abs().max() > 1e-3  # those of the last step are others
+    times = [k * (k + 1) * (k + 2) for k in range(1, 13)]
+    average = sum(k * raw.double() for k, raw in zip(times, seen, strict=True)) / sum(times)
+    assert torch.allclose(base.double(), average, rtol=0, atol=1e-6)
+    assert (base - seen[-1]).abs().max() > 1e-4  # those of the last step are others
 
 
-@pytest.mark.parametrize("flags, task, careless", [
-    ("", "sudoku", 0.6), ("--task countdown", "countdown", 0.3),
-    ("--careless 0.5 --task=countdown", "countdown", 0.5)])
-def test_the_command_line_has_defaults_for_each_task(flags, task, careless, cache, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, task, said", [
+    ("", "sudoku", {}), ("--task countdown", "countdown", {}),
+    ("--careless 0.4 --task=countdown", "countdown", {"careless": 0.4})])
+def test_the_command_line_has_defaults_for_each_task(flags, task, said, cache, monkeypatch, capsys):
     built = []
     monkeypatch.setattr("pretrain.train", lambda settings: built.append(settings) or train(settings))
-    small = "--steps 1 --batch 8 --layers 1 --width 32 --solved 0".split()
+    small = "--steps 1 --batch 8 --layers 1 --width 32".split()
     monkeypatch.setattr("sys.argv", ["pretrain.py", *flags.split(), *small])
     pretrain.main()
     folder = Path(capsys.readouterr().out.splitlines()[-1].rpartition(" (")[0])
-    assert (built[0].task, built[0].careless, built[0].steps, built[0].solved) == (task, careless, 1, 0)
+    assert built == [dataclasses.replace(TINY[task].settings, **SMALL | {"steps": 1} | said)]
     assert json.loads((folder / "config.json").read_text())["tiny_task"] == task
+    assert TINY["sudoku"].settings.solved != TINY["countdown"].settings.solved  # something to confuse
 
 
 def test_an_unknown_task_is_refused_in_one_line(cache, tmp_path, monkeypatch, capsys):
@@ -160,7 +160,7 @@ def test_the_base_is_built_once_and_loads(cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("pretrain.train", lambda settings: pytest.fail("built a second time"))
         assert base_folder(Settings(**SMALL)) == folder
-    others = [base_folder(Settings(**SMALL | change)) for change in ({"seed": 1}, {"careless": 0.5})]
+    others = [base_folder(Settings(**SMALL | change)) for change in ({"seed": 1}, {"careless": 0.4})]
     assert len({folder, *others}) == 3
     base, other = load_model(str(folder)), load_model(str(others[0]))
     assert not torch.equal(weights(base), weights(other))
@@ -214,10 +214,9 @@ def test_the_base_does_not_depend_on_the_global_generators():
     assert torch.equal(*bases)
 
 
-@pytest.mark.parametrize("task, start, end", [("sudoku", 10, 5), ("countdown", 60, 25)])
+@pytest.mark.parametrize("task, start, end", [("sudoku", 10, 5), ("countdown", 50, 25)])
 def test_pretraining_lowers_the_loss(task, start, end, monkeypatch):
-    """60 steps: from a uniform guess among 14 (71) tokens to a better one than among 5 (25). A token on a
-    board is one of four."""
+    """60 steps: from a guess among the whole vocabulary to a better one than among 5 (25) tokens."""
     monkeypatch.setattr("pretrain.solved_share", lambda *_: 0.0)
     base = train(Settings(task=task, steps=60, batch=32, layers=1, width=32, lr=1e-2))
     pairs = TINY[task].demonstrations(256, 0.0, np.random.default_rng(9))

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import re
-from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,9 @@ from conftest import ROOT, global_random_states, sharp_model
 
 from common import draw_prompts, encode, generator, reward_rows, until_eos
 from pretrain import tiny_model
-from tasks import (countdown_answers, countdown_chat_reward, countdown_draw, countdown_reward,
-                   countdown_split, countdown_tiny_row, load, sudoku, sudoku_draw, sudoku_grids,
-                   sudoku_puzzles, sudoku_reward, sudoku_split)
+from tasks import (LARGEST, TARGETS, countdown_answers, countdown_chat_reward, countdown_draw,
+                   countdown_reward, countdown_split, countdown_tiny_row, load, sudoku, sudoku_draw,
+                   sudoku_grids, sudoku_puzzles, sudoku_reward, sudoku_split)
 
 PUBLIC = ROOT.parent / "shared" / "data" / "4x4_test_sudoku.csv"
 ROW = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
@@ -166,22 +165,21 @@ def test_draw_marks_every_wrong_cell():
 # -------------------------------------------------------------------------------------------------- countdown
 
 
-def reachable(numbers: tuple[int, ...]) -> set[Fraction]:
+def reachable(numbers: tuple[int, ...]) -> set[int]:
     """The values of all binary trees over the numbers in any order: every way to part them in two."""
     if len(numbers) == 1:
-        return {Fraction(numbers[0])}
+        return set(numbers)
     found = set()
     for chosen in itertools.product((True, False), repeat=len(numbers)):
         left, right = (tuple(n for n, c in zip(numbers, chosen, strict=True) if c == side)
                        for side in (True, False))
         if left and right:
             for a, b in itertools.product(reachable(left), reachable(right)):
-                found |= {a + b, a - b, a * b} | ({a / b} if b else set())
+                found |= {a + b, a - b, a * b}
     return found
 
 
-SETS = [(7,), (1, 1), (3, 8), (20, 4), (2, 3, 7), (4, 4, 4), (1, 20, 20), (5, 6, 1), (1, 1, 2), (1, 5, 5, 5),
-        (3, 3, 8, 8)]
+SETS = [(7,), (1, 1), (3, 8), (20, 4), (2, 3, 7), (4, 4, 4), (1, 20, 20), (5, 6, 1), (1, 1, 2), (1, 3, 5, 9)]
 
 
 @pytest.mark.parametrize("numbers", SETS)
@@ -194,7 +192,7 @@ def test_countdown_answers(numbers):
         for text in found:
             tokens = re.findall(r"\d+|\S", text)
             assert sorted(int(token) for token in tokens if token.isdigit()) == sorted(numbers)
-            assert eval(re.sub(r"\d+", r"Fraction(\g<0>)", text)) == value, text
+            assert eval(text) == value, text
             assert len(tokens) <= 7 or len(numbers) > 3
 
 
@@ -203,21 +201,17 @@ def key(row: dict) -> tuple:
 
 
 def test_countdown_problems():
-    """Three parts without a common problem; of each set of numbers every target there is, and no other."""
+    """Three parts without a common problem; of all sets of numbers every target there is, and no other."""
     parts = countdown_split()
-    assert {name: len(rows) for name, rows in parts.items()} == {
-        "test": 1024, "validation": 1024, "train": 12159}
+    assert (len(parts["test"]), len(parts["validation"]), len(parts)) == (1024, 1024, 3)
     keys = [key(row) for rows in parts.values() for row in rows]
-    assert len(set(keys)) == len(keys)
+    numbers = range(1, LARGEST + 1)
+    sets = [pair for count in (2, 3) for pair in itertools.combinations_with_replacement(numbers, count)]
+    there = {(target, *numbers) for numbers in sets for target in reachable(numbers) & set(TARGETS)}
+    assert set(keys) == there and len(keys) == len(there)
     for rows in parts.values():
         assert {len(row["numbers"]) for row in rows} == {2, 3}
         assert any(row["numbers"] != sorted(row["numbers"]) for row in rows)
-    targets = {}
-    for target, *numbers in keys:
-        targets.setdefault(tuple(numbers), set()).add(target)
-    assert len(targets) == 210 + 1540  # multisets of two and of three of the 20 numbers
-    for numbers in list(targets)[::40]:
-        assert targets[numbers] == reachable(numbers) & set(range(1, 61)), numbers
     assert countdown_split.__wrapped__() == parts
     task = load("countdown", chat=False)
     assert [key(row) for row in task.train + task.test] == [
@@ -230,18 +224,19 @@ def test_countdown_prompts():
     row = countdown_tiny_row({"nums": [3, 7, 2], "target": 13})
     assert row == {"prompt": "3 7 2 > 13 =", "question": "3, 7, 2 -> 13", "answer": "13",
                    "numbers": [3, 7, 2]}
-    assert countdown_tiny_row({"input": "20,1", "output": "60"})["prompt"] == "20 1 > 60 ="
+    assert countdown_tiny_row({"input": "12,4", "output": "48"})["prompt"] == "12 4 > 48 ="
     model = tiny_model(1, 32, task="countdown")
     for row in countdown_split()["test"]:  # a token nobody knows would raise
-        ids = model.tokenizer(countdown_tiny_row(row)["prompt"])["input_ids"]
-        assert len(ids) == len(row["numbers"]) + 3
+        texts = [countdown_tiny_row(row)["prompt"], *countdown_answers(tuple(row["numbers"]))[row["target"]]]
+        prompt, *answers = model.tokenizer(texts)["input_ids"]
+        assert len(prompt) == len(row["numbers"]) + 3 and all(len(answer) <= 7 for answer in answers)
 
 
 @pytest.mark.parametrize("numbers, target", [
-    ([3, 21], 24), ([3, 7, 2, 1], 13), ([5], 5), ([], 5), ([0, 7], 7), ([3, -2], 1), ([30, 31], 61),
-    ([20, 20], 61), ([3, 3], 0)])
+    ([3, LARGEST + 1], 24), ([3, 7, 2, 1], 13), ([5], 5), ([], 5), ([0, 7], 7), ([3, -2], 1),
+    ([9, 9], max(TARGETS) + 1), ([3, 3], 0)])
 def test_countdown_rows_a_tiny_model_does_not_know(numbers, target):
-    with pytest.raises(ValueError, match="integers from 0|two or three numbers from 1 to 20 and a"):
+    with pytest.raises(ValueError, match=f"integers from 0|two or three numbers from 1 to {LARGEST} "):
         countdown_tiny_row({"numbers": numbers, "target": target})
 
 
@@ -257,9 +252,8 @@ def paid(text: str, numbers: list[int], target: int) -> tuple[float, float, str]
 
 @pytest.mark.parametrize("text, numbers, target, expected", [
     ("3*2+7", [3, 7, 2], 13, (1.0, 0.0, "3 * 2 + 7")),
-    ("(7-3)/2", [3, 7, 2], 2, (1.0, 0.0, "( 7 - 3 ) / 2")),
+    ("(7-3)*2", [3, 7, 2], 8, (1.0, 0.0, "( 7 - 3 ) * 2")),
     ("3+2+7", [3, 7, 2], 13, (0.1, 0.0, "3 + 2 + 7")),
-    ("3/(7-7)", [3, 7, 7], 3, (0.1, 0.0, "3 / ( 7 - 7 )")),
     ("3*2=6", [3, 2], 6, (1.0, 0.0, "3 * 2 = 6")),
     ("3*2=5", [3, 2], 6, (1.0, 0.0, "3 * 2 = 5")),  # what it says behind "=" is not read
     ("6+7", [3, 7, 2], 13, (0.0, 0.0, "6 + 7")),  # another number

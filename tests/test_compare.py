@@ -1,0 +1,104 @@
+"""compare.py: runs are made once and go on, and no number in a README is typed by hand."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import compare
+from conftest import ROOT
+
+STUB = """
+import json, sys
+from pathlib import Path
+resumed = "--resume" in sys.argv
+out = Path(sys.argv[sys.argv.index("--resume" if resumed else "--out") + 1])
+out.mkdir(exist_ok=True)
+with open(out / "starts", "a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+(out / "state.pt").touch()
+if (out.parent / "fail").exists() and "--seed 2" in (out / "starts").read_text():
+    sys.exit(130)
+update = dict(update=5, seconds=2.0, nfe_rollout=3, nfe_rollout_full=30, nfe_update=1, nfe_update_full=10,
+              equal_groups=0.5, entropy=0.1)
+lines = [dict(update=u, eval_accuracy=a, threshold_accuracy=a, threshold_nfe_per_row=4.0)
+         for u, a in ((0, 0.25), (5, 0.5))]
+(out / "metrics.jsonl").write_text("\\n".join(map(json.dumps, [lines[0], update, lines[1]])))
+(out / "evals.jsonl").write_text(json.dumps(dict(answers=[["x", 1.0], ["y", 0.0]] * 8, rows=16, torch="")))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A project of one method, which writes what a run writes."""
+    (tmp_path / "egspo.py").write_text(STUB)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "RUNS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(compare, "MAIN", {"EGSPO": "egspo.py --lam 0"})
+    return tmp_path
+
+
+def starts(folder) -> list[list[str]]:
+    return [file.read_text().splitlines() for file in sorted(folder.glob("runs/compare/*/starts"))]
+
+
+def test_a_run_is_made_once_and_a_stopped_one_goes_on(folder, capsys):
+    args = compare.Args(study="main", task="sudoku", seeds=3, jobs=2)
+    (folder / "runs" / "compare").mkdir(parents=True)
+    (folder / "runs" / "compare" / "fail").touch()
+    with pytest.raises(SystemExit) as stopped:
+        compare.make(args)
+    assert stopped.value.code == 1 and len(compare.finished()) == 2  # the others were made
+    assert "egspo.py --lam 0 --task sudoku --seed 2: exit status 130" in capsys.readouterr().out
+    (folder / "runs" / "compare" / "fail").unlink()
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            compare.make(args)
+        assert stopped.value.code == 0
+    rows = compare.finished()
+    assert list(rows) and set(rows) == set(compare.commands(args)) and len(rows) == 3
+    first, second, third = starts(folder)
+    assert len(first) == len(third) == 1 and len(second) == 2 and second[1].startswith("--resume ")
+    row = rows["egspo.py --lam 0 --task sudoku --seed 1"]
+    assert row["curve"] == [[0, 0, 0, 0.25], [5, 2.0, 40, 0.5]] and row["adaptive"] == [[0.25, 4], [0.5, 4]]
+    assert np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8)).tolist() == [1, 0] * 8
+
+
+def test_every_command_is_of_a_script_with_these_flags():
+    commands = compare.commands(compare.Args())
+    assert len(set(commands)) == len(commands)
+    for command in commands:
+        script, *flags = command.split()
+        args = (ROOT / script).read_text() + (ROOT / "run.py").read_text()
+        for flag in (flag for flag in flags if flag.startswith("--")):
+            assert re.search(rf"^    {flag[2:]}: ", args, re.MULTILINE), command
+
+
+def test_interval_against_a_slow_one():
+    """Three runs of 40 rows in 8 clusters; the bootstrap by loops, over other draws."""
+    rng, cluster = np.random.default_rng(5), np.repeat(np.arange(8), [1, 9, 5, 5, 5, 5, 5, 5])
+    right = (rng.random((3, 8))[:, cluster] > 0.5).astype(int)  # a cluster is solved whole, or not
+    runs = [{"correct": np.packbits(row).tobytes().hex()} for row in right]
+    value, low, high = map(float, re.findall(r"[\d.]+", compare.interval(runs, cluster)))
+    means = []
+    for _ in range(4000):
+        chosen = [row for cluster_ in rng.integers(8, size=8) for row in np.flatnonzero(cluster == cluster_)]
+        means.append(np.mean([right[seed][chosen].mean() for seed in rng.integers(3, size=3)]))
+    assert abs(value - 100 * right.mean()) < 0.06
+    assert np.abs(np.quantile(means, (0.025, 0.975)) * 100 - [low, high]).max() < 2.5
+    alone = [np.mean(right[rng.integers(3), rng.integers(40, size=40)]) for _ in range(4000)]
+    assert np.abs(np.quantile(alone, (0.025, 0.975)) * 100 - [low, high]).max() > 5  # rows as if independent
+
+
+def test_the_readmes_hold_what_the_runs_say():
+    made = compare.tables(compare.finished())
+    for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        text = file.read_text()
+        assert compare.fill(text, made) == text, f"python compare.py --report rewrites {file}"
+    names = [name for file in ("README.md", "results/README.md")
+             for name in re.findall(r"^<!-- ([\w ]+) -->\n", (ROOT / file).read_text(), re.MULTILINE)]
+    assert set(names) - {"end"} == set(made)
+    broken = (ROOT / "README.md").read_text().replace("| the base |", "| the bass |", 1)
+    assert compare.fill(broken, made) != broken
+    assert json.dumps(made)  # text alone
