@@ -1,8 +1,9 @@
-"""The README's picture of one group, results/tree.png, from the tiny base.
+"""Pictures in results/: tree.png, one group of the tiny base; gradients.png, from gradients.jsonl.
 
 python benchmarks/figures.py
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -47,5 +48,37 @@ def tree(prompt: int = 0, G: int = 8, S: int = 8):
     figure.savefig(ROOT / "results" / "tree.png", dpi=130)
 
 
+def gradients():
+    """Cosine with the exact gradient, mean and lowest model, and noise of each update (gradients.py)."""
+    lines = [json.loads(line) for line in (ROOT / "results" / "gradients.jsonl").read_text().splitlines()]
+    figure, (left, right) = plt.subplots(
+        1, 2, sharey=True, width_ratios=(3, 2), figsize=(7.5, 5.2), constrained_layout=True)
+    kinds = {"own": ("each state its own logits", "#0072B2", "o"),
+             "shared": ("states share parameters", "#D55E00", "D")}
+    for row, (kind, (label, colour, marker)) in enumerate(kinds.items()):
+        found = [line for line in lines if line["kind"] == kind]
+        y = [i - 0.17 + 0.34 * row for i in range(len(found))]
+        keys = "cosine_mean", "cosine_lowest", "noise"
+        cosine, lowest, noise = ([line[key] for line in found] for key in keys)
+        left.hlines(y, lowest, cosine, color=colour, lw=1.2)
+        left.scatter(cosine, y, 22, colour, marker, zorder=3)
+        right.scatter(noise, y, 22, colour, marker, zorder=3)
+        left.scatter(-0.25, row, 22, colour, marker)
+        left.annotate(label, (-0.2, row), color=colour, va="center", fontsize=9)
+    left.set(xlabel="cosine with the exact gradient\n(dot: mean of the models, line: to the lowest)",
+             xlim=(-0.33, 1.05), yticks=range(len(found)), yticklabels=[line["variant"] for line in found])
+    left.invert_yaxis()
+    right.set(xlabel="noise: forwards for\nas much signal as noise", xscale="log", xlim=(9, 290))
+    right.set_xticks([10, 20, 50, 100, 200], [10, 20, 50, 100, 200], minor=False)
+    right.minorticks_off()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(ROOT / "results" / "gradients.png", dpi=130)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
+    tree()
+    gradients()
     tree()
