@@ -16,9 +16,9 @@ lambda) minus its mean.
 
 The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs three things; tests/test_egspo.py enumerates
 all: positions chosen by the state alone, `order` top_prob or random (with `confidence`, LLaDA's rule, they
-depend on the sampled tokens); K = S (fewer are picked by looking at the finished row: a bias by design); and
-a baseline that knows nothing of the row's future, lambda = 0 or `step` (a rank is known only once the row is
-finished).
+depend on the sampled tokens); K = S, or K drawn by `select` uniform with lambda = 0 (the most uncertain are
+picked by looking at the finished row: a bias by design); and a baseline that knows nothing of the row's
+future, lambda = 0 or `step` (a rank is known only once the row is finished).
 
 Differences from the authors' released code: sampled and scored at one temperature (theirs: T 0.9 and T 1); KL
 by k3 (their exact_kl in mean mode is too small by n V); nothing of size V is stored (theirs: (S, B, n, V)

@@ -81,4 +81,3 @@ def gradients():
 if __name__ == "__main__":
     tree()
     gradients()
-    tree()
