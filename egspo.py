@@ -49,7 +49,7 @@ from run import Flags, Run, evaluate_only, parse_args, setup
 
 @dataclass
 class Args(Flags):
-    prompts: int = 16  # prompts per rollout
+    prompts: int = 32  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)

@@ -362,11 +362,15 @@ def countdown_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]
     return countdown_reward(between_tags(text), row)
 
 
+def spelled(text: str) -> str:
+    """The expression of an answer in one spelling, without what it says it comes to: "30 - 7 = 23"."""
+    return re.sub(r" ?= ?-?[0-9.]+$", "", " ".join(plain(text).strip("$").split()))
+
+
 def countdown_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     """1 for an expression that hits the target, 0.1 for one over exactly the given numbers that misses it (or
     divides by zero), else 0. Only integers and binary + - * /: not 2**4, 7//2 or -3."""
-    expression = " ".join(plain(text).strip("$").split())
-    expression = re.sub(r" ?= ?-?[0-9.]+$", "", expression)  # "30 - 7 = 23"
+    expression = spelled(text)
     nodes = []
     if len(expression) <= 200 and re.fullmatch(r"[0-9+\-*/() ]+", expression):  # "0x1e" is no number here
         with contextlib.suppress(SyntaxError, RecursionError, MemoryError):  # the latter: deep parentheses
@@ -452,10 +456,11 @@ def countdown_draw(text: str, row: dict) -> list[str]:
     verdict = "right" if reward == 1 else f"not an expression over {row['question'].partition(' -')[0]}"
     if reward == 0.1:
         try:
-            verdict = f"is {evaluate(ast.parse(plain(text), mode='eval').body)}, not {row['answer']}"
+            verdict = f"is {evaluate(ast.parse(spelled(text), mode='eval').body)}, not {row['answer']}"
         except ZeroDivisionError:
             verdict = "divides by zero"
-    return [f"{row['prompt']} {text:<16} {verdict}"]
+    answer = "".join(c if c.isprintable() else " " for c in text[:40])
+    return [f"{row['prompt']} {answer:<16} {verdict}"]
 
 
 # ------------------------------------------------------------------------------------------------------ gsm8k

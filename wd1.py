@@ -26,7 +26,7 @@ for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1)
 
 python wd1.py                          4x4 Sudoku, 28 to 36 % of the held-out boards solved
 python wd1.py --positive_only          w+ alone: imitate the group's best
-python wd1.py --plusplus --K 4 --passes 1 --prompts 16 --minibatches 2 --lr 2e-4 --updates 100
+python wd1.py --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4 --updates 60
 """
 
 import math

@@ -168,8 +168,8 @@ def test_a_base_learns(tmp_path, monkeypatch):
     settings = pretrain.Settings(task="countdown", solved=1.0, careless=1.0, steps=120, batch=32, lr=5e-3,
                                  layers=1, width=64)
     models.save_model(pretrain.train(settings), tmp_path / "base")
-    flags = "--task countdown --prompts 8 --G 16 --minibatches 2 --lr 1e-3 --updates 45 --save_every 99".split()
-    launch("egspo", "--model", tmp_path / "base", *flags, "--out", tmp_path / "run")
+    flags = "--task countdown --prompts 8 --G 16 --minibatches 2 --lr 1e-3 --updates 45 --save_every 99"
+    launch("egspo", "--model", tmp_path / "base", *flags.split(), "--out", tmp_path / "run")
     rewards = [line["reward"] for line in lines(tmp_path / "run") if "reward" in line]
     before, after = sum(rewards[:3]) / 3, sum(rewards[-10:]) / 10
     print([round(reward, 2) for reward in rewards])

@@ -352,9 +352,10 @@ def update(monkeypatch, tmp_path):
         for calls in vars(seen).values():
             calls.clear()
         monkeypatch.setattr(models, "load_model", lambda *_: model())
+        monkeypatch.setattr(models, "plan", lambda *_: None)
         offer(monkeypatch, "toy", task)
         out = tmp_path / str(next(runs))
-        launch("rldf", *f"{SHAPE} --lr 0 --minibatches 1 --out {out} {flags}".split())
+        launch("rldf", *f"--model any {SHAPE} --lr 0 --minibatches 1 --out {out} {flags}".split())
         rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         metrics = next(row for row in rows if "loss" in row)
         return SimpleNamespace(metrics=metrics, **{name: list(calls) for name, calls in vars(seen).items()})

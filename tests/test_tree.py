@@ -48,9 +48,10 @@ def update(monkeypatch, tmp_path):
 
             patch.setattr(Run, "optimizer_step", optimizer_step)
             patch.setattr(models, "load_model", lambda *_: sharp_model(OFTEN, dtype))
+            patch.setattr(models, "plan", lambda *_: None)
             offer(patch, "toy", toy_task)
             out = tmp_path / f"run{next(number)}"
-            launch(method, *f"{SHAPE} --out {out} {flags}".split())
+            launch(method, *f"--model any {SHAPE} --out {out} {flags}".split())
         return seen["denoise"][0], seen["reward_rows"][0][0], gradients, lines(out)[1]
 
     return go
