@@ -24,6 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from common import refuse
+from pretrain import TINY, base_path
 from report import plot_methods
 from run import git_commit
 from tasks import load
@@ -83,9 +84,10 @@ def commands(args: Args) -> list[str]:
 
 
 def finished() -> dict[str, dict]:
-    """The line of every finished run, by its command."""
+    """The line of every finished run from today's bases, by its command."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    return {row["command"]: row for row in map(json.loads, lines)}
+    bases = {base_path(TINY[task].settings).name for task in TASKS}
+    return {row["command"]: row for row in map(json.loads, lines) if row["base"] in bases}
 
 
 def execute(command: str) -> dict:
@@ -116,6 +118,7 @@ def execute(command: str) -> dict:
     correct = np.packbits([int(c) for _, c in last["answers"]]).tobytes().hex()
     return {"command": command, **{k: update[k] for k in kept}, "curve": curve, "adaptive": adaptive,
             "rows": last["rows"], "correct": correct, "commit": git_commit(), "torch": last["torch"],
+            "base": base_path(TINY[last["args"]["task"]].settings).name,
             "machine": f"{processor()}, one thread of {os.cpu_count()}"}
 
 
@@ -191,7 +194,8 @@ def main_table(there: dict[str, dict], task: str) -> str:
             full = np.mean([row["curve"][-1][2] for row in runs]) / 1000
             took = np.median([row["seconds"] for row in runs]) / 60
             cells = [f"{100 * share:.1f} ({nfe:.1f})", f"{made:.0f} of {full:.0f}", f"{took:.1f}"]
-        row = [f"{method}: `python {command}`", interval(runs, cluster), *(cells or [""] * 3)]
+        name = f"{method}: `python {command}`" if task == TASKS[0] else method
+        row = [name, interval(runs, cluster), *(cells or [""] * 3)]
         rows.append([*row, PAPER[task].get(method, "–")])
     if before:
         share, nfe = before["adaptive"][0]

@@ -168,7 +168,8 @@ def train(settings: Settings) -> Denoiser:
         optimizer.step()
         schedule.step()
         average.update_parameters(model.network)
-        if step % 20 == 19 or step + 1 == settings.steps:  # an eighth of the rows tells whether it is worth asking all
+        if step % 20 == 19 or step + 1 == settings.steps:
+            # an eighth of the rows tells whether it is worth asking all
             share = solved_share(averaged, task, task.test[step // 20 % 8 :: 8], tiny.L, tiny.block)
             bar.set_postfix_str(f"solves {share:.0%}, {settings.solved:.0%} are enough")
             release_memory()
@@ -182,6 +183,14 @@ def train(settings: Settings) -> Denoiser:
     return averaged
 
 
+def base_path(settings: Settings) -> Path:
+    """Where the base with these settings is, or would be."""
+    named = json.dumps([RECIPE, dataclasses.asdict(settings)], sort_keys=True)
+    key = hashlib.sha256(named.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-rl"
+    return cache / f"tiny-{settings.task}-{key}"
+
+
 def base_folder(settings: Settings) -> Path:
     """The cached base with these settings, built if missing. Of two processes at once one result is kept."""
     if settings.task not in TINY:
@@ -192,14 +201,11 @@ def base_folder(settings: Settings) -> Path:
         refuse(f"--width {settings.width} must be a multiple of 32, the width of an attention head")
     if not (0 < settings.lr < np.inf and 0 <= settings.careless <= 1 and 0 <= settings.solved <= 1):
         refuse("--lr must be a finite number above 0, --careless and --solved from 0 to 1")
-    named = json.dumps([RECIPE, dataclasses.asdict(settings)], sort_keys=True)
-    key = hashlib.sha256(named.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-rl"
-    folder = cache / f"tiny-{settings.task}-{key}"
+    folder = base_path(settings)
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         model = train(settings)
-        scratch = Path(tempfile.mkdtemp(dir=cache))
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         save_model(model, scratch / "model")
         try:
             (scratch / "model").rename(folder)

@@ -25,7 +25,8 @@ update = dict(update=5, seconds=2.0, nfe_rollout=3, nfe_rollout_full=30, nfe_upd
 lines = [dict(update=u, eval_accuracy=a, threshold_accuracy=a, threshold_nfe_per_row=4.0)
          for u, a in ((0, 0.25), (5, 0.5))]
 (out / "metrics.jsonl").write_text("\\n".join(map(json.dumps, [lines[0], update, lines[1]])))
-(out / "evals.jsonl").write_text(json.dumps(dict(answers=[["x", 1.0], ["y", 0.0]] * 8, rows=16, torch="")))
+(out / "evals.jsonl").write_text(json.dumps(dict(answers=[["x", 1.0], ["y", 0.0]] * 8, rows=16, torch="",
+                                                      args=dict(task="sudoku"))))
 """
 
 
@@ -60,6 +61,8 @@ def test_a_run_is_made_once_and_a_stopped_one_goes_on(folder, capsys):
     assert list(rows) and set(rows) == set(compare.commands(args)) and len(rows) == 3
     first, second, third = starts(folder)
     assert len(first) == len(third) == 1 and len(second) == 2 and second[1].startswith("--resume ")
+    compare.RUNS.write_text(compare.RUNS.read_text().replace('"base": "tiny-', '"base": "old-'))
+    assert compare.finished() == {}  # from another base
     row = rows["egspo.py --lam 0 --task sudoku --seed 1"]
     assert row["curve"] == [[0, 0, 0, 0.25], [5, 2.0, 40, 0.5]] and row["adaptive"] == [[0.25, 4], [0.5, 4]]
     assert np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8)).tolist() == [1, 0] * 8
