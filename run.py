@@ -1,7 +1,7 @@
 """The plumbing the four methods share; nothing here is about a method.
 
 In order: flags and their checks; model and task of the command line; evaluation; a run with its folder,
-checkpoints, clock and log. The table, the boards and the curve at its end are in report.py.
+checkpoints, clock and log. The table, the boards, the curve and the trace at its end are in report.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import tasks
 from common import Denoiser, Rollout, Task, denoise, encode, one_line, refuse, reward_rows
-from report import plot, print_report
+from report import SHOWN, plot, print_report, trace
 
 
 @dataclass
@@ -178,11 +178,12 @@ def load_task(args, model: Denoiser) -> Task:
 # --------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[dict, list[tuple]]:
+def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[dict, list[tuple], dict]:
     """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics, eval_* of fixed
-    S and threshold_* of adaptive decoding, and of each row the text and whether it is correct (fixed S)."""
+    S and threshold_* of adaptive decoding; and of fixed S, of each row the text and whether it is correct,
+    and what report.trace shows of it."""
     prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test])
-    metrics, answers = {}, []
+    metrics, answers, shown = {}, [], {}
     for kind, threshold in (("eval", None), ("threshold", args.eval_threshold * adaptive)):
         if threshold == 0:
             continue
@@ -190,10 +191,12 @@ def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[
                        threshold=threshold, budget=args.budget)
         reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
         answers = answers or list(zip(texts, parts["correct"].tolist(), strict=True))
+        everything = vars(roll) | parts | {"reward": reward}
+        shown = shown or {name: everything[name].cpu() for name in SHOWN}
         means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
         metrics |= {f"{kind}_{name}": values.double().mean().item() for name, values in means.items()}
         metrics[f"{kind}_nfe_per_row"] = roll.nfe / len(task.test)
-    return metrics, answers
+    return metrics, answers, shown
 
 
 def evaluate_only(args, model: Denoiser, task: Task) -> float:
@@ -202,9 +205,10 @@ def evaluate_only(args, model: Denoiser, task: Task) -> float:
     out, update = Path(args.out), 0
     if args.resume and (out / "state.pt").is_file():
         update = load_state(out, model)["update"]
-    metrics, answers = evaluate(args, model, task)
+    metrics, answers, shown = evaluate(args, model, task)
     print_report(task, args, {f"update {update}": metrics}, answers)
     out.mkdir(parents=True, exist_ok=True)
+    write_trace(args, model, task, update, shown)
     on_gpu = model.device.type == "cuda"
     line = metrics | {
         "update": update, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
@@ -212,8 +216,22 @@ def evaluate_only(args, model: Denoiser, task: Task) -> float:
         "torch": torch.__version__, "commit": git_commit(), "args": vars(args), "answers": answers}
     with open(out / "evals.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    print(f"\n{out}/evals.jsonl has this evaluation with its settings and answers")
+    print(f"\n{out}/evals.jsonl has this evaluation with its settings and answers; "
+          f"{out}/trace.html shows the step that revealed each token")
     return metrics["eval_accuracy"]
+
+
+def write_trace(args, model: Denoiser, task: Task, update: int, shown: dict):
+    """trace.html in the run folder: `shown` of an evaluation beside that of update 0, if it is there."""
+    name = f"after {update} updates" if update else "the model as it is"
+    columns, before = {name: shown}, Path(args.out) / "before.pt"
+    if update and before.exists():
+        try:
+            kept = torch.load(before, weights_only=True)
+            columns = {"before": {name: kept[name] for name in SHOWN}} | columns
+        except Exception as error:  # of any kind: the file may be anything
+            print(f"{before} cannot be read, trace.html shows update {update} alone: {one_line(error)}")
+    trace(before.with_name("trace.html"), model, task, args, columns)
 
 
 # -------------------------------------------------------------------------------------------------- a run
@@ -232,7 +250,8 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
 
 
 class Run:
-    """One run: folder (args.json, metrics.jsonl, state.pt, curve.png, model/), clock, counters, ctrl-C."""
+    """One run: folder (args.json, metrics.jsonl, before.pt, state.pt, curve.png, trace.html, model/), clock,
+    counters, ctrl-C."""
 
     def __init__(self, args, method: str, model: Denoiser, task: Task, optimizer: torch.optim.Optimizer):
         """Take hold of the folder. Weights of a checkpoint are read when the loop begins, so that whatever is
@@ -349,7 +368,9 @@ class Run:
         """Evaluate (adaptively at the start and the end alone) and log; the run's clock stands still."""
         begin = time.perf_counter()
         adaptive = self.update in (0, self.args.updates)
-        metrics, self.answers = evaluate(self.args, self.model, self.task, adaptive)
+        metrics, self.answers, self.shown = evaluate(self.args, self.model, self.task, adaptive)
+        if self.update == 0:
+            torch.save(self.shown, self.out / "before.pt")  # for trace.html, also of a resumed run
         self.log(metrics)
         tqdm.write(f"update {self.update}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin
@@ -429,11 +450,13 @@ class Run:
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         evals = [line for line in lines if "eval_accuracy" in line]
         plot(lines, self.out / "curve.png", f"{self.method} on {self.args.task}")
+        write_trace(self.args, self.model, self.task, self.update, self.shown)
         print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.answers)
         nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
         print(f"\n{seconds / 60:.1f} minutes of RL; NFE (canvases evaluated): "
               f"{nfe:,} in rollouts, {updates:,} in updates")
-        print(f"{self.out}/ has metrics.jsonl, curve.png, model/ (a transformers folder) and state.pt")
+        print(f"{self.out}/ has trace.html (how it denoised), curve.png, metrics.jsonl, state.pt and "
+              "model/ (a transformers folder)")
         print(f"next: --resume {self.out} --updates {2 * self.args.updates} goes on, "
               f"--seed {self.args.seed + 1} repeats, --help lists every setting")
         return evals[-1]["eval_accuracy"]
