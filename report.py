@@ -47,20 +47,21 @@ def plot(lines: list[dict], file: Path, title: str):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def points(key: str, scale: float) -> list[tuple]:
+    def points(key: str, scale: float = 1) -> list[tuple]:
         return [(line["update"], scale * line[key]) for line in lines if line.get(key) is not None]
 
-    adaptive = " → ".join(f"{forwards:.1f}" for _, forwards in points("threshold_nfe_per_row", 1))
-    fixed = points("eval_nfe_per_row", 1)[0][1]
-    curves = {"reward": ("reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
-              "threshold_accuracy": (f"held-out solved, each step taking all it is sure of\n({adaptive} forwards "
-                                     "per row)", dict(color="tab:green", ls="", marker="D")),
-              "eval_accuracy": (f"held-out solved ({fixed:.1f} forwards per row)",
-                                dict(color="tab:orange", lw=2, marker="o", ms=4))}
     figure, (axes, left) = plt.subplots(2, figsize=(7, 5.4), height_ratios=(3, 1), sharex=True,
                                         constrained_layout=True)
-    for key, (label, look) in curves.items():
-        if points(key, 100):
+    fixed, adaptive = (" → ".join(f"{forwards:.1f}" for _, forwards in points(f"{kind}_nfe_per_row"))
+                       for kind in ("eval", "threshold"))
+    for key, label, look in (
+        ("reward", "reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
+        ("threshold_accuracy", "held-out solved, adaptive: a step takes all it is sure of\n"
+         f"({adaptive} forwards per row)", dict(color="tab:green", ls="", marker="D")),
+        ("eval_accuracy", f"held-out solved ({fixed.partition(' ')[0]} forwards per row)",
+         dict(color="tab:orange", lw=2, marker="o", ms=4)),
+    ):
+        if points(key):
             axes.plot(*zip(*points(key, 100), strict=True), label=label, **look)
     solved = points("eval_accuracy", 100)
     (_, first), (end, last) = solved[0], solved[-1]
@@ -70,16 +71,16 @@ def plot(lines: list[dict], file: Path, title: str):
     axes.set(ylabel="%", title=title, ylim=(0, 100))
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, loc="lower right", fontsize="small")
+    right = left.twinx()
     for side, key, scale, label, colour in ((left, "entropy", 1, "entropy, nats", "tab:purple"),
-                                            (left.twinx(), "equal_groups", 100, "equal groups, %", "0.45")):
-        if points(key, scale):
+                                            (right, "equal_groups", 100, "equal groups, %", "0.45")):
+        if points(key):
             side.plot(*zip(*points(key, scale), strict=True), color=colour, lw=1.5)
         side.set_ylabel(label, color=colour)
-        side.set_ylim(0, 100 if scale == 100 else None)
+        side.set_ylim(0, 100 if side is right else None)
     left.set_xlabel("update")
     for panel in figure.axes:
-        panel.spines["top"].set_visible(False)
-    axes.spines["right"].set_visible(False)
+        panel.spines[["top"] if panel is not axes else ["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -139,12 +140,11 @@ def trace(file: Path, model: Denoiser, task: Task, args, columns: dict[str, dict
             "columns": [trace_column(model, task, row, shown, i, args.S) for shown in columns.values()]})
     sizes = itertools.accumulate(len(packed(row)) for row in rows)
     data = {
-        "title": f"{file.resolve().parent.name}: how it denoised", "columns": list(columns), "S": args.S,
-        "about": f"{args.model} on {args.task}: {sum(map(len, kinds.values()))} held-out rows, greedy, L {args.L}, "
-                 f"S {args.S}, block {args.block}, order top_prob. Below are the first of each kind.",
-        "counts": {kind: len(found) for kind, found in kinds.items()},
+        "title": f"{file.resolve().parent.name}: how it denoised", "args": vars(args), "S": args.S,
+        "about": f"{args.model} on {args.task}: {len(ranked)} held-out rows, greedy, L {args.L}, S {args.S}, "
+                 f"block {args.block}, order top_prob. Below are the first of each kind.",
+        "columns": list(columns), "counts": {kind: len(found) for kind, found in kinds.items()},
         "end": model.tokenizer.batch_decode([[i] for i in model.end_ids]),
-        "args": vars(args),
         "rows": [row for row, size in zip(rows, sizes, strict=True) if size < 270_000 or row is rows[0]]}
     template = Path(__file__).with_name("trace.html").read_text()
     file.write_text(template.replace("{{data}}", packed(data), 1))

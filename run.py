@@ -6,6 +6,7 @@ checkpoints, clock and log. The table, the boards, the curve and the trace at it
 
 import argparse
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -14,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -44,6 +48,7 @@ class Flags:
     eval_threshold: float = 0.9  # evaluate adaptive decoding, too, before and after training; 0: do not
     eval_rows: int = 1024  # held-out rows evaluated, at most
     save_every: int = 10  # updates between checkpoints
+    track: Literal["wandb", "trackio"] | None = None  # log there, too; after pip install of it
     budget: int = 8448  # most tokens in one forward
     gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
 
@@ -64,7 +69,7 @@ def parse_args(Args: type, method: str, countdown: dict, llm: dict):
     before = saved_args(Args, method, Path(said.resume))
     args = tyro.cli(Args, default=before)
     free = {"updates", "eval_every", "eval_threshold", "eval_rows", "save_every", "budget",
-            "gradient_checkpointing", "resume", "eval_only"}
+            "gradient_checkpointing", "resume", "eval_only", "track"}
     changed = [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]
     if changed:
         refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(free))}")
@@ -104,6 +109,8 @@ def check(args, method: str):
         refuse(f"--model tiny knows {' and '.join(tasks.TINY_TASKS)}: {args.task} needs another --model")
     if tiny_task(args.model) not in (None, args.task):
         refuse(f"{args.model} is a tiny model of --task {tiny_task(args.model)}")
+    if args.track and not importlib.util.find_spec(args.track):
+        refuse(f"--track {args.track} needs it: pip install {args.track}")
     for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
                  "save_every", "budget"):
         if getattr(args, name) < 1:
@@ -223,7 +230,7 @@ def evaluate_only(args, model: Denoiser, task: Task) -> float:
 
 def write_trace(args, model: Denoiser, task: Task, update: int, shown: dict):
     """trace.html in the run folder: `shown` of an evaluation beside that of update 0, if it is there."""
-    name = f"after {update} updates" if update else "the model as it is"
+    name = f"after update {update}" if update else "the model as it is"
     columns, before = {name: shown}, Path(args.out) / "before.pt"
     if update and before.exists():
         try:
@@ -289,6 +296,13 @@ class Run:
         settings = vars(self.args) | {"resume": "", "method": self.method, "commit": git_commit()}
         (self.out / "args.tmp").write_text(json.dumps(settings, indent=1))
         os.replace(self.out / "args.tmp", self.out / "args.json")
+        if self.args.track:
+            mark = self.out / "track_id"  # not the folder's name: another run may have had it before
+            mark.write_text(mark.read_text() if mark.exists() else uuid.uuid4().hex[:8])
+            own = {"id": mark.read_text(), "dir": self.out} if self.args.track == "wandb" else {}
+            self.track(lambda tracker: tracker.init(
+                project="diffusion-rl", name=f"{self.out.resolve().name}-{mark.read_text()}", config=settings,
+                resume="allow", **own))
         self.saved = self.update
         self.lapped = time.perf_counter()
         self.started = self.lapped - self.counters["seconds"]
@@ -302,8 +316,18 @@ class Run:
         tqdm.write("ctrl-C: finishing this update, then saving (once more: stop at once)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def track(self, tell: Callable):
+        """tell(the module of --track), if there is one. A tracker that fails is left, and the run goes on."""
+        try:
+            if self.args.track:
+                tell(importlib.import_module(self.args.track))
+        except (Exception, SystemExit) as error:
+            tqdm.write(f"--track {self.args.track} has failed, the run goes on without it: {one_line(error)}")
+            self.args.track = None
+
     def close(self):
-        """Give terminal, ctrl-C and folder back."""
+        """Give terminal, ctrl-C, folder and tracker back."""
+        self.track(lambda tracker: tracker.finish())
         self.bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(self.lock)
@@ -370,7 +394,10 @@ class Run:
         adaptive = self.update in (0, self.args.updates)
         metrics, self.answers, self.shown = evaluate(self.args, self.model, self.task, adaptive)
         if self.update == 0:
-            torch.save(self.shown, self.out / "before.pt")  # for trace.html, also of a resumed run
+            try:
+                torch.save(self.shown, self.out / "before.pt")  # for trace.html, also of a resumed run
+            except (OSError, RuntimeError) as error:
+                self.fail(f"before.pt cannot be written: {error}")
         self.log(metrics)
         tqdm.write(f"update {self.update}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin
@@ -435,6 +462,7 @@ class Run:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             self.fail(f"metrics.jsonl cannot be written: {error}")
+        self.track(lambda tracker: tracker.log(row, step=self.update))
 
     def finish(self) -> float:
         """Write model/ and curve.png, print the report; returns the final held-out accuracy."""
@@ -442,15 +470,16 @@ class Run:
 
         if self.counters["skipped"] and not self.counters["optimizer_steps"]:
             self.fail("no optimizer step was finite")
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        evals, curve = [line for line in lines if "eval_accuracy" in line], self.out / "curve.png"
         try:
             save_model(self.model, self.out / "model")
+            plot(lines, curve, f"{self.method} on {self.args.task}")
+            write_trace(self.args, self.model, self.task, self.update, self.shown)
         except OSError as error:
-            self.fail(f"model/ cannot be written: {error}")
+            self.fail(f"model/, curve.png or trace.html cannot be written: {error}")
+        self.track(lambda tracker: tracker.log({"curve": tracker.Image(str(curve))}, step=self.update))
         self.close()
-        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        evals = [line for line in lines if "eval_accuracy" in line]
-        plot(lines, self.out / "curve.png", f"{self.method} on {self.args.task}")
-        write_trace(self.args, self.model, self.task, self.update, self.shown)
         print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.answers)
         nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
         print(f"\n{seconds / 60:.1f} minutes of RL; NFE (canvases evaluated): "
