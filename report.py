@@ -86,10 +86,11 @@ def plot(lines: list[dict], file: Path, title: str):
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text. A character made of several tokens is added by the last of them."""
+    """What each token adds to the text, a space before it included where the tokenizer joins with spaces. A
+    character made of several tokens is added by the last of them."""
     alone = tokenizer.batch_decode([[i] for i in ids])
-    pairs = tokenizer.batch_decode([list(pair) for pair in itertools.pairwise(ids)])  # some join with a space
-    texts = alone[:1] + [pair[len(first) :] for pair, first in zip(pairs, alone[:-1], strict=True)]
+    after = tokenizer.batch_decode([ids[max(0, i - 1) : i + 1] for i in range(len(ids))])
+    texts = [text[len(before) :] for before, text in zip(["", *alone[:-1]], after, strict=True)]
     for broken, run in itertools.groupby(range(len(ids)), lambda i: "\ufffd" in alone[i]):
         if broken:
             places = list(run)
@@ -130,21 +131,23 @@ def trace(file: Path, model: Denoiser, task: Task, args, columns: dict[str, dict
     ranked = sorted((kind == "stayed solved", rank, number, kind, i)
                     for number, (kind, found) in enumerate(kinds.items()) for rank, i in enumerate(found))
     words, board = bool(model.tokenizer.chat_template), "puzzle" in task.test[0]
-    rows = []
+    rows, size = [], 0
     for *_, kind, i in ranked[:12]:
         row = task.test[i]
-        rows.append({
+        told = {
             "row": i, "kind": kind, "layout": "text" if words else "board" if board else "expression",
             "question": row["puzzle"] if board and not words else row.get("question", row["prompt"]),
             "answer": str(row.get("solution", row.get("answer", ""))),
-            "columns": [trace_column(model, task, row, shown, i, args.S) for shown in columns.values()]})
-    sizes = itertools.accumulate(len(packed(row)) for row in rows)
+            "columns": [trace_column(model, task, row, shown, i, args.S) for shown in columns.values()]}
+        size += len(packed(told))
+        if rows and size > 270_000:
+            break
+        rows.append(told)
     data = {
         "title": f"{file.resolve().parent.name}: how it denoised", "args": vars(args), "S": args.S,
         "about": f"{args.model} on {args.task}: {len(ranked)} held-out rows, greedy, L {args.L}, S {args.S}, "
                  f"block {args.block}, order top_prob. Below are the first of each kind.",
         "columns": list(columns), "counts": {kind: len(found) for kind, found in kinds.items()},
-        "end": model.tokenizer.batch_decode([[i] for i in model.end_ids]),
-        "rows": [row for row, size in zip(rows, sizes, strict=True) if size < 270_000 or row is rows[0]]}
+        "end": model.tokenizer.batch_decode([[i] for i in model.end_ids]), "rows": rows}
     template = Path(__file__).with_name("trace.html").read_text()
     file.write_text(template.replace("{{data}}", packed(data), 1))

@@ -1,18 +1,22 @@
 """trace.html: its data are the rollouts of the evaluations, and in a real browser it shows them."""
 
+import html
 import json
 import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 import torch
 from checkpoints import write
+from conftest import ROOT
 from test_methods import SMALL, launch
 
 import common
@@ -36,10 +40,10 @@ class Dom(HTMLParser):
     """What a browser shows: of each canvas its tokens, (classes, text); the texts of other elements by class;
     attributes of <body>; lines of the console."""
 
-    def __init__(self, html: str, console: list[str]):
+    def __init__(self, page: str, console: list[str]):
         super().__init__()
         self.canvases, self.texts, self.body, self.console, self.open = [], {}, {}, console, []
-        self.feed(html)
+        self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -47,9 +51,10 @@ class Dom(HTMLParser):
         if tag in ("meta", "link", "input"):
             return
         self.open.append((tag, kinds, attrs.get("id", "")))
-        if "canvas" in kinds and "small" not in kinds:
-            self.canvases.append([])
-        if "t" in kinds and self.canvases and "tabindex" not in attrs:
+        if "canvas" in kinds:
+            self.small = "small" in kinds  # the board asked, or its solution
+            self.canvases += [] if self.small else [[]]
+        if "t" in kinds and not self.small:
             self.canvases[-1].append([set(kinds), ""])
         if tag == "body":
             self.body = attrs
@@ -62,7 +67,7 @@ class Dom(HTMLParser):
         if not self.open:
             return
         tag, kinds, name = self.open[-1]
-        if "t" in kinds:
+        if "t" in kinds and not self.small:
             self.canvases[-1][-1][1] += text
         for key in (tag, name, *kinds):
             self.texts[key] = self.texts.get(key, "") + text
@@ -72,8 +77,9 @@ class Dom(HTMLParser):
 
 
 def opened(file: Path, wish: str = "", *flags: str, probe: str = "null") -> Dom:
-    """The page in Chromium; `probe` is JavaScript whose value becomes the body's data-probe."""
-    script = f"<script>document.body.dataset.probe = JSON.stringify({probe})</script>"
+    """The page in Chromium; `probe` is JavaScript whose value, once all is loaded, becomes the body's
+    data-probe."""
+    script = f"<script>onload = () => document.body.dataset.probe = JSON.stringify({probe})</script>"
     probed = file.with_name(f"probed-{file.name}")
     probed.write_text(file.read_text().replace("</html>", f"{script}</html>"))
     profile = file.with_name(f"profile-{random.random()}")
@@ -167,7 +173,7 @@ def test_tokens_add_up_to_the_text(tmp_path):
     bytes_ = models.load_model(str(tmp_path / "bytes"))
     numbers = pretrain.tiny_model(layers=1, width=32, task="countdown")
     for model, text in (
-        (bytes_, "Zwölf  Äpfel,\n\n 日本 🙂 x\t."), (bytes_, ""), (numbers, "3 * ( 12 - 7 )"),
+        (bytes_, "Zwölf  Äpfel,\n\n 日本 🙂 x\t."), (bytes_, "x"), (numbers, "3 * ( 12 - 7 )"),
     ):
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
         texts = report.token_texts(model.tokenizer, ids)
@@ -183,13 +189,22 @@ def test_the_page_stays_below_300_kb_with_as_many_rows_as_fit(tmp_path):
     rows = [{"prompt": "?", "question": "<" * 100, "answer": "1"}] * 12
     task = common.Task([], rows, lambda *_: None, lambda text, row: [text, text])
     shown = {}
-    for L in (256, 2048, 8192):
+    for L in (256, 1024, 4096):
         held = evaluation(model, ["<é" * (L // 3)] * 12, [0.0] * 12, L, L)
         file = tmp_path / f"{L}.html"
         report.trace(file, model, task, settings(L, L), {"before": held, "after": held})
         shown[L] = len(page_data(file)["rows"])
         assert file.stat().st_size <= 300_000 or shown[L] == 1
-    assert shown[256] == 12 > shown[2048] > shown[8192] == 1
+    assert shown[256] == 12 > shown[1024] > shown[4096] == 1
+
+
+def test_the_readmes_picture_is_drawn_from_a_page(boards, tmp_path):
+    file = tmp_path / "board.gif"
+    command = [sys.executable, ROOT / "benchmarks" / "gif.py", boards[0].parent, file]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "9 states of board 2" in said and file.stat().st_size <= 400_000
+    with PIL.Image.open(file) as picture:
+        assert picture.n_frames == 9 and picture.width > 600
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -254,9 +269,11 @@ def test_a_default_evaluation_is_drawn_in_a_moment(tmp_path):
 @browser
 def test_the_slider_goes_from_masks_to_the_completion(boards):
     file, columns = boards
-    rows = page_data(file)["rows"]
+    data = page_data(file)
+    rows = sorted(data["rows"], key=lambda row: list(data["counts"]).index(row["kind"]))
     empty, half, full = (opened(file, wish) for wish in ("#step=0", "#step=4", ""))
-    played = opened(file, "#step=0&play")
+    played = opened(file, "#step=0&play", probe="misspelt")
+    assert ["misspelt" in line for line in played.console] == [True]  # this is how an error would be seen
     assert empty.console == half.console == full.console == []
     assert all(text == "░" * 16 for text in empty.shown()) and len(empty.shown()) == 24
     assert all("masked" in kinds for canvas in empty.canvases for kinds, _ in canvas)
@@ -271,7 +288,7 @@ def test_the_slider_goes_from_masks_to_the_completion(boards):
             wrong = ["wrong" in kinds for kinds, _ in canvas]
             assert wrong == [a != b for a, b in zip(column["text"], row["answer"], strict=True)]
             assert ["given" in kinds for kinds, _ in canvas] == [c != "0" for c in row["question"]]
-    assert full.texts["verdict"].count("✓ solved · reward 1") == 8
+    assert full.texts["b"].count("✓ solved") == full.texts["verdict"].count("reward 1") == 8
 
 
 @browser
@@ -287,20 +304,33 @@ def test_pointer_keyboard_dark_and_a_phone(boards):
       for (const name of ["ArrowRight", "ArrowRight"]) key(token.parentElement, name);
       said.push(tip.textContent, now.textContent);
       key(document.body, "ArrowLeft");
-      said.push(now.textContent, getComputedStyle(document.body).backgroundColor,
-                document.documentElement.scrollWidth <= innerWidth, innerWidth);
+      said.push(now.textContent, getComputedStyle(document.body).backgroundColor);
       return said;
     })()"""
     file, columns = boards
-    dom = opened(file, "", "--window-size=390,800", "--blink-settings=preferredColorScheme=0", probe=probe)
-    first, left, second, done, before, background, fits, width = json.loads(dom.body["data-probe"])
+    dom = opened(file, "", "--blink-settings=preferredColorScheme=0", probe=probe)
+    first, left, second, done, before, background = json.loads(dom.body["data-probe"])
     column = page_data(file)["rows"][0]["columns"][0]
     for said, i in ((first, 0), (second, 1)):
         assert f"step {column['step'][i]}, probability {column['p'][i]:.3f}" in said
         assert f"entropy {column['entropy'][i]:.3f} nats" in said
     assert left == "" and (done, before) == ("done: 8 steps", "before step 7 of 8")
-    assert max(map(int, re.findall(r"\d+", background))) < 60 and fits and width <= 500
+    assert max(map(int, re.findall(r"\d+", background))) < 60
     assert dom.console == []
+
+
+@browser
+def test_it_fits_a_phone_and_a_desk(boards, tmp_path):
+    """In frames, since no browser window gets that narrow."""
+    frames = "".join(f'<iframe width={width} srcdoc="{html.escape(boards[0].read_text())}"></iframe>'
+                     for width in (320, 390, 500, 700, 1200))
+    (tmp_path / "frames.html").write_text(f"<!doctype html><html><body>{frames}</body></html>")
+    dom = opened(tmp_path / "frames.html", probe="""[...document.querySelectorAll("iframe")].map(frame =>
+        [frame.contentDocument.documentElement.clientWidth, frame.contentDocument.documentElement.scrollWidth,
+         frame.contentDocument.querySelectorAll(".canvas").length])""")
+    found = json.loads(dom.body["data-probe"])
+    assert 300 < found[0][0] <= 320 and 1180 < found[-1][0] <= 1200
+    assert all(wide <= width and canvases == 48 for width, wide, canvases in found), found
 
 
 @browser
@@ -308,8 +338,8 @@ def test_a_text_is_data_and_never_markup(tmp_path):
     """Completion, question, answer and drawing try to run a script, to end ours, and to load a picture."""
     write("a2d-qwen3", tmp_path / "model")
     model = models.load_model(str(tmp_path / "model"))
-    evil = ("</script><script>document.title='run'</script><!--<script>"
-            "<img src=x onerror=\"document.title='run'\"> &lt;b&gt; <b>{{data}}</b>\n\n`${document.title='run'}` é日\u2028")
+    evil = ("</script><script>document.title='run'</script><!--<script> &lt;b&gt; <b>{{data}}</b>\n\n"
+            "<img src=x onerror=\"document.title='run'\"> `${document.title='run'}` é\u2028日")
     rows = [{"prompt": evil, "question": evil, "answer": evil}]
     task = common.Task([], rows, lambda *_: None, lambda text, row: [evil])
     held = evaluation(model, [evil], [0.0], 512, 256)
@@ -327,21 +357,21 @@ def test_a_text_is_data_and_never_markup(tmp_path):
     unsafe = tmp_path / "unsafe.html"  # and this test would have seen it
     unsafe.write_text(file.read_text().replace("\\u003c", "<"))
     broken = opened(unsafe)
-    assert "run" in broken.texts["title"] and broken.console
+    assert "run" in broken.texts["title"]
 
 
 @browser
 def test_an_expression_is_a_row_of_tokens_and_what_it_comes_to(tmp_path):
     model = pretrain.tiny_model(layers=1, width=32, task="countdown")
-    task = tasks.load("countdown", chat=False, train=False)
-    numbers = " + ".join(map(str, task.test[0]["numbers"]))
+    recipe, numbers = tasks.TINY_TASKS["countdown"], "3 + 7 + 2"
+    row = recipe.row({"numbers": [3, 7, 2], "target": 13})
+    task = common.Task([], [row], recipe.reward, recipe.draw)
     held = evaluation(model, [numbers], [0.0], 8, 8)
     file = tmp_path / "page.html"
     report.trace(file, model, task, settings(8, 8, "countdown"), {"now": held})
     dom = opened(file)
     assert dom.shown()[0].rstrip("∎") == numbers and dom.console == []
-    assert task.draw(numbers, task.test[0])[0].split()[-1] in dom.texts["verdict"]
-    assert task.test[0]["question"] in dom.texts["asked"]
+    assert dom.texts["verdict"].endswith("reward 0 · is 12, not 13") and row["question"] == dom.texts["asked"]
 
 
 @browser
