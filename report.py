@@ -1,11 +1,19 @@
-"""What a run shows at its end: the table, answers drawn for a person, and the curve."""
+"""What a run shows at its end: the table, answers drawn for a person, the curve, and how it denoised."""
 
 import itertools
+import json
+import math
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from common import Task
+from common import Denoiser, Task, until_eos
+
+# of an evaluation, for the trace: fields of its Rollout (B, L); of its rewards (B,)
+SHOWN = ("completion", "step", "logp", "entropy", "reward", "correct", "parse_fail")
+KINDS = {(0, 1): "became solved", (1, 0): "became wrong", (0, 0): "stayed failed", (1, 1): "stayed solved",
+         (1,): "solved", (0,): "failed"}
 
 # Okabe and Ito's, which the colour-blind tell apart
 COLOURS = {"EGSPO": "#999999", "EGSPO-SA": "#D55E00", "RLDF": "#0072B2", "wd1": "#000000", "wd1++": "#009E73",
@@ -37,28 +45,47 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers
 
 
 def plot(lines: list[dict], file: Path, title: str):
-    """curve.png: held-out accuracy and the rollouts' reward over the updates."""
+    """curve.png: held-out accuracy and the rollouts' reward over the updates; below, what is left to learn
+    from: without entropy the rows of a group are equal, and equal rewards have no advantage."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    curves = {"reward": ("reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
-              "threshold_accuracy": ("held-out solved, adaptive", dict(color="tab:green", ls="", marker="D")),
-              "eval_accuracy": ("held-out solved", dict(color="tab:orange", lw=2, marker="o", ms=4))}
-    for key, (label, look) in curves.items():
-        points = [(line["update"], 100 * line[key]) for line in lines if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **look)
-    (_, first), (end, last) = points[0], points[-1]
+    def points(key: str, scale: float = 1) -> list[tuple]:
+        return [(line["update"], scale * line[key]) for line in lines if line.get(key) is not None]
+
+    figure, (axes, left) = plt.subplots(2, figsize=(7, 5.4), height_ratios=(3, 1), sharex=True,
+                                        constrained_layout=True)
+    fixed, adaptive = (" → ".join(f"{forwards:.1f}" for _, forwards in points(f"{kind}_nfe_per_row"))
+                       for kind in ("eval", "threshold"))
+    for key, label, look in (
+        ("reward", "reward of the rollouts", dict(color="tab:blue", lw=1, alpha=0.5)),
+        ("threshold_accuracy", "held-out solved, adaptive: a step takes all it is sure of\n"
+         f"({adaptive} forwards per row)", dict(color="tab:green", ls="", marker="D")),
+        ("eval_accuracy", f"held-out solved ({fixed.partition(' ')[0]} forwards per row)",
+         dict(color="tab:orange", lw=2, marker="o", ms=4)),
+    ):
+        if points(key):
+            axes.plot(*zip(*points(key, 100), strict=True), label=label, **look)
+    solved = points("eval_accuracy", 100)
+    (_, first), (end, last) = solved[0], solved[-1]
     axes.axhline(first, color="0.6", lw=1, ls=":")
     axes.annotate(f"{first:.1f} % before", (end, first), (0, -12), textcoords="offset points", ha="right")
     axes.annotate(f"{last:.1f} %", (end, last), (0, 7), textcoords="offset points", ha="right")
-    axes.set(xlabel="update", ylabel="%", title=title, ylim=(0, 100))
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(ylabel="%", title=title, ylim=(0, 100))
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", fontsize="small")
+    right = left.twinx()
+    for side, key, scale, label, colour in ((left, "entropy", 1, "entropy, nats", "tab:purple"),
+                                            (right, "equal_groups", 100, "equal groups, %", "0.45")):
+        if points(key):
+            side.plot(*zip(*points(key, scale), strict=True), color=colour, lw=1.5)
+        side.set_ylabel(label, color=colour)
+        side.set_ylim(0, 100 if side is right else None)
+    left.set_xlabel("update")
+    for panel in figure.axes:
+        panel.spines[["top"] if panel is not axes else ["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -95,3 +122,71 @@ def plot_methods(curves: dict[str, dict[str, np.ndarray]], file: Path):
                           arrowprops=dict(arrowstyle="-", color=COLOURS[method], lw=0.5))
     figure.savefig(file, dpi=130, metadata={"Software": None})
     plt.close(figure)
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text, a space before it included where the tokenizer joins with spaces. A
+    character made of several tokens is added by the last of them."""
+    alone = tokenizer.batch_decode([[i] for i in ids])
+    after = tokenizer.batch_decode([ids[max(0, i - 1) : i + 1] for i in range(len(ids))])
+    texts = [text[len(before) :] for before, text in zip(["", *alone[:-1]], after, strict=True)]
+    for broken, run in itertools.groupby(range(len(ids)), lambda i: "\ufffd" in alone[i]):
+        if broken:
+            places = list(run)
+            whole = tokenizer.decode([ids[i] for i in places])
+            texts[places[0] : places[-1] + 1] = [""] * (len(places) - 1) + [whole]
+    return texts
+
+
+def trace_column(model: Denoiser, task: Task, row: dict, shown: dict[str, Tensor], i: int, S: int) -> dict:
+    """Row i of an evaluation as the page shows it."""
+    completion, steps = shown["completion"][i], shown["step"][i].tolist()
+    text = model.tokenizer.decode(completion[until_eos(completion, model.end_ids)], skip_special_tokens=True)
+    drawn = task.draw(text, row)
+
+    def numbers(values: Tensor) -> list[float | None]:  # none where no step revealed a token; JSON has no NaN
+        rounded = [round(value, 3) for value in values.tolist()]
+        return [v if s < S and math.isfinite(v) else None for v, s in zip(rounded, steps, strict=True)]
+
+    return {
+        "tokens": token_texts(model.tokenizer, completion.tolist()), "step": steps,
+        "p": numbers(shown["logp"][i].exp()), "entropy": numbers(shown["entropy"][i]),
+        "reward": shown["reward"][i].item(), "correct": bool(shown["correct"][i]),
+        "unreadable": bool(shown["parse_fail"][i]), "text": text,
+        "note": drawn[0].removeprefix(f"{row['prompt']} {text}").strip() if len(drawn) == 1 else ""}
+
+
+def trace(file: Path, model: Denoiser, task: Task, args, columns: dict[str, dict[str, Tensor]]):
+    """A page of how a dozen held-out rows were denoised, the first ones of each kind: the trace.html beside
+    this file with a JSON in it. columns: of two evaluations, before training and after, or of one alone, what
+    SHOWN names."""
+    def packed(value) -> str:  # no "<": no text can end the script element that holds it
+        return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+    kinds = {kind: [] for outcome, kind in KINDS.items() if len(outcome) == len(columns)}
+    correct = [shown["correct"].tolist() for shown in columns.values()]
+    for i, outcome in enumerate(zip(*correct, strict=False)):  # a resumed run may evaluate more or fewer
+        kinds[KINDS[outcome]].append(i)
+    ranked = sorted((kind == "stayed solved", rank, number, kind, i)
+                    for number, (kind, found) in enumerate(kinds.items()) for rank, i in enumerate(found))
+    words, board = bool(model.tokenizer.chat_template), "puzzle" in task.test[0]
+    rows, size = [], 0
+    for *_, kind, i in ranked[:12]:
+        row = task.test[i]
+        told = {
+            "row": i, "kind": kind, "layout": "text" if words else "board" if board else "expression",
+            "question": row["puzzle"] if board and not words else row.get("question", row["prompt"]),
+            "answer": str(row.get("solution", row.get("answer", ""))),
+            "columns": [trace_column(model, task, row, shown, i, args.S) for shown in columns.values()]}
+        size += len(packed(told))
+        if rows and size > 270_000:
+            break
+        rows.append(told)
+    data = {
+        "title": f"{file.resolve().parent.name}: how it denoised", "args": vars(args), "S": args.S,
+        "about": f"{args.model} on {args.task}: {len(ranked)} held-out rows, greedy, L {args.L}, S {args.S}, "
+                 f"block {args.block}, order top_prob. Below are the first of each kind.",
+        "columns": list(columns), "counts": {kind: len(found) for kind, found in kinds.items()},
+        "end": model.tokenizer.batch_decode([[i] for i in model.end_ids]), "rows": rows}
+    template = Path(__file__).with_name("trace.html").read_text()
+    file.write_text(template.replace("{{data}}", packed(data), 1))

@@ -1,11 +1,12 @@
 """The plumbing the four methods share; nothing here is about a method.
 
 In order: flags and their checks; model and task of the command line; evaluation; a run with its folder,
-checkpoints, clock and log. The table, the boards and the curve at its end are in report.py.
+checkpoints, clock and log. The table, the boards, the curve and the trace at its end are in report.py.
 """
 
 import argparse
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -14,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -23,7 +27,7 @@ from tqdm import tqdm
 
 import tasks
 from common import Denoiser, Rollout, Task, denoise, encode, one_line, refuse, reward_rows
-from report import plot, print_report
+from report import SHOWN, plot, print_report, trace
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Flags:
     eval_threshold: float = 0.9  # evaluate adaptive decoding, too, before and after training; 0: do not
     eval_rows: int = 1024  # held-out rows evaluated, at most
     save_every: int = 10  # updates between checkpoints
+    track: Literal["wandb", "trackio"] | None = None  # log there, too; after pip install of it
     budget: int = 8448  # most tokens in one forward
     gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
 
@@ -64,7 +69,7 @@ def parse_args(Args: type, method: str, countdown: dict, llm: dict):
     before = saved_args(Args, method, Path(said.resume))
     args = tyro.cli(Args, default=before)
     free = {"updates", "eval_every", "eval_threshold", "eval_rows", "save_every", "budget",
-            "gradient_checkpointing", "resume", "eval_only"}
+            "gradient_checkpointing", "resume", "eval_only", "track"}
     changed = [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]
     if changed:
         refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(free))}")
@@ -104,6 +109,8 @@ def check(args, method: str):
         refuse(f"--model tiny knows {' and '.join(tasks.TINY_TASKS)}: {args.task} needs another --model")
     if tiny_task(args.model) not in (None, args.task):
         refuse(f"{args.model} is a tiny model of --task {tiny_task(args.model)}")
+    if args.track and not importlib.util.find_spec(args.track):
+        refuse(f"--track {args.track} needs it: pip install {args.track}")
     for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
                  "save_every", "budget"):
         if getattr(args, name) < 1:
@@ -178,11 +185,12 @@ def load_task(args, model: Denoiser) -> Task:
 # --------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[dict, list[tuple]]:
+def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[dict, list[tuple], dict]:
     """Greedy, order top_prob, every held-out row: the same for all methods. Returns metrics, eval_* of fixed
-    S and threshold_* of adaptive decoding, and of each row the text and whether it is correct (fixed S)."""
+    S and threshold_* of adaptive decoding; and of fixed S, of each row the text and whether it is correct,
+    and what report.trace shows of it."""
     prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test])
-    metrics, answers = {}, []
+    metrics, answers, shown = {}, [], {}
     for kind, threshold in (("eval", None), ("threshold", args.eval_threshold * adaptive)):
         if threshold == 0:
             continue
@@ -190,10 +198,12 @@ def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[
                        threshold=threshold, budget=args.budget)
         reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
         answers = answers or list(zip(texts, parts["correct"].tolist(), strict=True))
+        everything = vars(roll) | parts | {"reward": reward}
+        shown = shown or {name: everything[name].cpu() for name in SHOWN}
         means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
         metrics |= {f"{kind}_{name}": values.double().mean().item() for name, values in means.items()}
         metrics[f"{kind}_nfe_per_row"] = roll.nfe / len(task.test)
-    return metrics, answers
+    return metrics, answers, shown
 
 
 def keep_answers(args, model: Denoiser, update: int, metrics: dict, answers: list[tuple]):
@@ -212,12 +222,27 @@ def evaluate_only(args, model: Denoiser, task: Task) -> float:
     out, update = Path(args.out), 0
     if args.resume and (out / "state.pt").is_file():
         update = load_state(out, model)["update"]
-    metrics, answers = evaluate(args, model, task)
+    metrics, answers, shown = evaluate(args, model, task)
     print_report(task, args, {f"update {update}": metrics}, answers)
     out.mkdir(parents=True, exist_ok=True)
     keep_answers(args, model, update, metrics, answers)
-    print(f"\n{out}/evals.jsonl has this evaluation with its settings and answers")
+    write_trace(args, model, task, update, shown)
+    print(f"\n{out}/evals.jsonl has this evaluation with its settings and answers; "
+          f"{out}/trace.html shows the step that revealed each token")
     return metrics["eval_accuracy"]
+
+
+def write_trace(args, model: Denoiser, task: Task, update: int, shown: dict):
+    """trace.html in the run folder: `shown` of an evaluation beside that of update 0, if it is there."""
+    name = f"after update {update}" if update else "the model as it is"
+    columns, before = {name: shown}, Path(args.out) / "before.pt"
+    if update and before.exists():
+        try:
+            kept = torch.load(before, weights_only=True)
+            columns = {"before": {name: kept[name] for name in SHOWN}} | columns
+        except Exception as error:  # of any kind: the file may be anything
+            print(f"{before} cannot be read, trace.html shows update {update} alone: {one_line(error)}")
+    trace(before.with_name("trace.html"), model, task, args, columns)
 
 
 # -------------------------------------------------------------------------------------------------- a run
@@ -236,7 +261,8 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
 
 
 class Run:
-    """One run: folder (args.json, metrics.jsonl, state.pt, curve.png, model/), clock, counters, ctrl-C."""
+    """One run: folder (args.json, metrics.jsonl, before.pt, state.pt, curve.png, trace.html, model/), clock,
+    counters, ctrl-C."""
 
     def __init__(self, args, method: str, model: Denoiser, task: Task, optimizer: torch.optim.Optimizer):
         """Take hold of the folder. Weights of a checkpoint are read when the loop begins, so that whatever is
@@ -274,6 +300,13 @@ class Run:
         settings = vars(self.args) | {"resume": "", "method": self.method, "commit": git_commit()}
         (self.out / "args.tmp").write_text(json.dumps(settings, indent=1))
         os.replace(self.out / "args.tmp", self.out / "args.json")
+        if self.args.track:
+            mark = self.out / "track_id"  # not the folder's name: another run may have had it before
+            mark.write_text(mark.read_text() if mark.exists() else uuid.uuid4().hex[:8])
+            own = {"id": mark.read_text(), "dir": self.out} if self.args.track == "wandb" else {}
+            self.track(lambda tracker: tracker.init(
+                project="diffusion-rl", name=f"{self.out.resolve().name}-{mark.read_text()}", config=settings,
+                resume="allow", **own))
         self.saved = self.update
         self.lapped = time.perf_counter()
         self.started = self.lapped - self.counters["seconds"]
@@ -287,8 +320,18 @@ class Run:
         tqdm.write("ctrl-C: finishing this update, then saving (once more: stop at once)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def track(self, tell: Callable):
+        """tell(the module of --track), if there is one. A tracker that fails is left, and the run goes on."""
+        try:
+            if self.args.track:
+                tell(importlib.import_module(self.args.track))
+        except (Exception, SystemExit) as error:
+            tqdm.write(f"--track {self.args.track} has failed, the run goes on without it: {one_line(error)}")
+            self.args.track = None
+
     def close(self):
-        """Give terminal, ctrl-C and folder back."""
+        """Give terminal, ctrl-C, folder and tracker back."""
+        self.track(lambda tracker: tracker.finish())
         self.bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(self.lock)
@@ -353,7 +396,12 @@ class Run:
         """Evaluate (adaptively at the start and the end alone) and log; the run's clock stands still."""
         begin = time.perf_counter()
         adaptive = self.update in (0, self.args.updates)
-        metrics, self.answers = evaluate(self.args, self.model, self.task, adaptive)
+        metrics, self.answers, self.shown = evaluate(self.args, self.model, self.task, adaptive)
+        if self.update == 0:
+            try:
+                torch.save(self.shown, self.out / "before.pt")  # for trace.html, also of a resumed run
+            except (OSError, RuntimeError) as error:
+                self.fail(f"before.pt cannot be written: {error}")
         self.log(metrics)
         tqdm.write(f"update {self.update}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin
@@ -418,28 +466,31 @@ class Run:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             self.fail(f"metrics.jsonl cannot be written: {error}")
+        self.track(lambda tracker: tracker.log(row, step=self.update))
 
     def finish(self) -> float:
-        """Write evals.jsonl, model/ and curve.png, print the report; returns the final held-out accuracy."""
+        """Write what a run leaves behind, print the report; returns the final held-out accuracy."""
         from models import save_model
 
         if self.counters["skipped"] and not self.counters["optimizer_steps"]:
             self.fail("no optimizer step was finite")
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        evals = [line for line in lines if "eval_accuracy" in line]
+        evals, curve = [line for line in lines if "eval_accuracy" in line], self.out / "curve.png"
         try:
             keep_answers(self.args, self.model, self.update, evals[-1], self.answers)
             save_model(self.model, self.out / "model")
+            plot(lines, curve, f"{self.method} on {self.args.task}")
+            write_trace(self.args, self.model, self.task, self.update, self.shown)
         except OSError as error:
-            self.fail(f"model/ cannot be written: {error}")
+            self.fail(f"evals.jsonl, model/, curve.png or trace.html cannot be written: {error}")
+        self.track(lambda tracker: tracker.log({"curve": tracker.Image(str(curve))}, step=self.update))
         self.close()
-        plot(lines, self.out / "curve.png", f"{self.method} on {self.args.task}")
         print_report(self.task, self.args, {"before": evals[0], "after": evals[-1]}, self.answers)
         nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
         print(f"\n{seconds / 60:.1f} minutes of RL; NFE (canvases evaluated): "
               f"{nfe:,} in rollouts, {updates:,} in updates")
-        print(f"{self.out}/ has metrics.jsonl, curve.png, evals.jsonl (every answer), model/ (a "
-              "transformers folder) and state.pt")
+        print(f"{self.out}/ has trace.html (how it denoised), curve.png, metrics.jsonl, evals.jsonl (every "
+              "answer), state.pt and model/ (a transformers folder)")
         print(f"next: --resume {self.out} --updates {2 * self.args.updates} goes on, "
               f"--seed {self.args.seed + 1} repeats, --help lists every setting")
         return evals[-1]["eval_accuracy"]
