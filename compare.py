@@ -47,7 +47,7 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; S
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
 LONG = [f"{MAIN[method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
-        for method, updates in (("EGSPO-SA", 1000), ("RLDF", 600), ("wd1++", 600))]
+        for method, updates in (("EGSPO-SA", 1500), ("RLDF", 1000), ("wd1++", 600))]
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",
                "GDSD-TLC": "92.0"},

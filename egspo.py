@@ -55,7 +55,7 @@ class Args(Flags):
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 100  # rollouts, each with its optimizer steps
+    updates: int = 150  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)

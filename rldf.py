@@ -48,7 +48,7 @@ class Args(Flags):
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 60  # rollouts, each with its optimizer steps
+    updates: int = 100  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
     K: int = 4  # denoising steps per row (paper: k = 4)
