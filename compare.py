@@ -197,11 +197,12 @@ def main_table(there: dict[str, dict], task: str) -> str:
         name = f"{method}: `python {command}`" if task == TASKS[0] else method
         row = [name, interval(runs, cluster), *(cells or [""] * 3)]
         rows.append([*row, PAPER[task].get(method, "–")])
-    if before:
-        share, nfe = before["adaptive"][0]
-        start = f"{100 * before['curve'][0][3]:.1f}", f"{100 * share:.1f} ({nfe:.1f})", "", ""
-        rows = [["the base", *start, PAPER[task]["before"]], *rows]
-    return table(["method", "solved, %", "adaptive: %, (forwards a row)", "k forwards made, of", "minutes",
+    if not before:
+        return "not measured"
+    share, nfe = before["adaptive"][0]
+    start = f"{100 * before['curve'][0][3]:.1f}", f"{100 * share:.1f} ({nfe:.1f})", "", ""
+    rows = [["the base", *start, PAPER[task]["before"]], *rows]
+    return table(["method", "solved, %", "adaptive: % (forwards a row)", "k forwards made, of", "minutes",
                   "paper"], rows)
 
 

@@ -94,14 +94,16 @@ def plot_methods(curves: dict[str, dict[str, np.ndarray]], file: Path):
     """Held-out share over the minutes of RL, a panel for each task, mean and range of the seeds.
 
     curves: of each task and method (seeds, points, 4): update, seconds, forwards, share solved; may be
-    empty."""
+    empty, and a task without any has no panel."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(curves), figsize=(10, 4), constrained_layout=True)
-    for (task, methods), axes in zip(curves.items(), panels, strict=True):
+    curves = {task: methods for task, methods in curves.items() if any(map(len, methods.values()))}
+    size = dict(figsize=(1 + 4.5 * len(curves), 4), squeeze=False, constrained_layout=True)
+    figure, panels = plt.subplots(1, max(1, len(curves)), **size)
+    for (task, methods), axes in zip(curves.items(), panels[0], strict=False):
         ends = []
         for method, runs in methods.items():
             if len(runs):
