@@ -31,10 +31,9 @@ from tasks import load
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "results" / "runs.jsonl"
-TASKS = ["sudoku", "countdown"]
+TASKS = list(TINY)
 MAIN = {
-    "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py",
-    "wd1": "wd1.py",
+    "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
     "wd1++": "wd1.py --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4 --updates 60",
     "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc",
 }
@@ -104,6 +103,11 @@ def execute(command: str) -> dict:
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"python {command}: exit status {done.returncode}, see {out}.log")
+    return line_of(command, out)
+
+
+def line_of(command: str, out: Path) -> dict:
+    """The line of the finished run in a folder."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])
     curve, update = [], {"seconds": 0, "nfe_rollout_full": 0, "nfe_update_full": 0}
@@ -153,7 +157,8 @@ def make(args: Args):
 
 def clusters(task: str) -> np.ndarray:
     """(rows,) held-out rows that are not independent share a number: one solution grid, the same numbers."""
-    keys = [row.get("solution") or str(sorted(row["numbers"])) for row in load(task, chat=False).test]
+    rows = load(task, chat=False, train=False).test
+    keys = [row.get("solution") or str(sorted(row["numbers"])) for row in rows]
     return np.unique(keys, return_inverse=True)[1]
 
 
@@ -179,6 +184,11 @@ def of(there: dict[str, dict], command: str, task: str) -> list[dict]:
     return [row for row in found if row]
 
 
+def main_runs(there: dict[str, dict], task: str) -> dict[str, list[dict]]:
+    """The finished runs of each method."""
+    return {method: of(there, command, task) for method, command in MAIN.items()}
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -186,30 +196,30 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def main_table(there: dict[str, dict], task: str) -> str:
     """The README's: what a method reaches and what it takes."""
-    cluster, rows, before = clusters(task), [], None
-    for method, command in MAIN.items():
-        cells, runs = [], of(there, command, task)
+    every = main_runs(there, task)
+    first = next((row for runs in every.values() for row in runs), None)
+    if not first:
+        return "not measured"
+    share, nfe = first["adaptive"][0]
+    start = f"{100 * first['curve'][0][3]:.1f}", f"{100 * share:.1f} ({nfe:.1f})", "", ""
+    cluster, rows = clusters(task), [["the base", *start, PAPER[task]["before"]]]
+    for method, runs in every.items():
+        cells = [""] * 3
         if runs:
-            (_, (share, nfe)), before = np.mean([row["adaptive"] for row in runs], 0), runs[0]
+            share, nfe = np.mean([row["adaptive"][1] for row in runs], 0)
             made = np.mean([row["nfe_rollout"] + row["nfe_update"] for row in runs]) / 1000
             full = np.mean([row["curve"][-1][2] for row in runs]) / 1000
             took = np.median([row["seconds"] for row in runs]) / 60
             cells = [f"{100 * share:.1f} ({nfe:.1f})", f"{made:.0f} of {full:.0f}", f"{took:.1f}"]
-        name = f"{method}: `python {command}`" if task == TASKS[0] else method
-        row = [name, interval(runs, cluster), *(cells or [""] * 3)]
-        rows.append([*row, PAPER[task].get(method, "–")])
-    if not before:
-        return "not measured"
-    share, nfe = before["adaptive"][0]
-    start = f"{100 * before['curve'][0][3]:.1f}", f"{100 * share:.1f} ({nfe:.1f})", "", ""
-    rows = [["the base", *start, PAPER[task]["before"]], *rows]
+        name = f"{method}: `python {MAIN[method]}`" if task == TASKS[0] else method
+        rows.append([name, interval(runs, cluster), *cells, PAPER[task].get(method, "–")])
     return table(["method", "solved, %", "adaptive: % (forwards a row)", "k forwards made, of", "minutes",
                   "paper"], rows)
 
 
 def budget_table(there: dict[str, dict], task: str) -> str:
     """Each seed; solved at the largest budget that every run spent; what half of the rows cost."""
-    runs = {method: found for method, command in MAIN.items() if (found := of(there, command, task))}
+    runs = {method: found for method, found in main_runs(there, task).items() if found}
     if not runs:
         return "not measured"
     least = [min(row["curve"][-1][column] for found in runs.values() for row in found) for column in (2, 1)]
@@ -263,8 +273,8 @@ def report():
     made = tables(there)
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         file.write_text(fill(file.read_text(), made))
-    curves = {task: {method: np.array([row["curve"] for row in of(there, command, task)])
-                     for method, command in MAIN.items()} for task in TASKS}
+    curves = {task: {method: np.array([row["curve"] for row in runs])
+                     for method, runs in main_runs(there, task).items()} for task in TASKS}
     plot_methods(curves, ROOT / "results" / "methods.png")
 
 

@@ -34,7 +34,8 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedToke
 
 from common import Denoiser, Task, attention, denoise, encode, refuse, reward_rows
 from models import release_memory, save_model
-from tasks import TARGETS, countdown_answers, countdown_split, load, sudoku_puzzles, sudoku_split
+from tasks import (TARGETS, countdown_answers, countdown_prompt, countdown_split, load, sudoku_puzzles,
+                   sudoku_split)
 
 RECIPE = 2  # to be raised when the same settings make another base
 
@@ -100,7 +101,7 @@ def countdown_demonstrations(count: int, careless: float, rng: np.random.Generat
         numbers = other if target in countdown_answers(other) else numbers
         by_value = countdown_answers(numbers)
         choice = sum(by_value.values(), []) if rng.random() < careless else by_value[target]
-        prompts.append(f"{' '.join(map(str, numbers))} > {target} =")
+        prompts.append(countdown_prompt(numbers, target))
         answers.append(choice[rng.integers(len(choice))])
     return prompts, answers
 
@@ -142,17 +143,16 @@ def loss_of(model: Denoiser, prompts: list[str], answers: list[str], L: int, rng
 def solved_share(model: Denoiser, task: Task, rows: list[dict], L: int, block: int) -> float:
     """Share of the rows the model solves, greedily."""
     prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-    roll = denoise(
-        model, prompt, prompt_mask, [], L=L, S=8, block=block, temperature=0, budget=8448)
+    roll = denoise(model, prompt, prompt_mask, [], L=L, S=8, block=block, temperature=0, budget=8448)
     return reward_rows(model, task, roll.completion, rows)[1]["correct"].mean().item()
 
 
-def train(settings: Settings) -> Denoiser:
-    """Pretrain a tiny model from scratch."""
+def train(settings: Settings, rng: np.random.Generator | None = None) -> Denoiser:
+    """Pretrain a tiny model from scratch. rng draws demonstrations and masks; None: the seed's own."""
     model = tiny_model(settings.layers, settings.width, settings.seed, settings.task)
     tiny = TINY[settings.task]
     task = load(settings.task, chat=False, train=False, held_out="validation")
-    rng = np.random.default_rng([2, settings.seed])
+    rng = rng or np.random.default_rng([2, settings.seed])
     optimizer = torch.optim.AdamW(model.network.parameters(), lr=settings.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1))
     average = AveragedModel(  # over the last quarter of the steps, roughly: weight of a step ~ its cube

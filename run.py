@@ -107,8 +107,9 @@ def check(args, method: str):
         refuse(f"unknown task {args.task!r}: choose from {', '.join(tasks.TASKS)}")
     if args.model == "tiny" and args.task not in tasks.TINY_TASKS:
         refuse(f"--model tiny knows {' and '.join(tasks.TINY_TASKS)}: {args.task} needs another --model")
-    if tiny_task(args.model) not in (None, args.task):
-        refuse(f"{args.model} is a tiny model of --task {tiny_task(args.model)}")
+    made_for = tiny_task(args.model)
+    if made_for not in (None, args.task):
+        refuse(f"{args.model} is a tiny model of --task {made_for}")
     if args.track and not importlib.util.find_spec(args.track):
         refuse(f"--track {args.track} needs it: pip install {args.track}")
     for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
@@ -302,10 +303,12 @@ class Run:
         os.replace(self.out / "args.tmp", self.out / "args.json")
         if self.args.track:
             mark = self.out / "track_id"  # not the folder's name: another run may have had it before
-            mark.write_text(mark.read_text() if mark.exists() else uuid.uuid4().hex[:8])
-            own = {"id": mark.read_text(), "dir": self.out} if self.args.track == "wandb" else {}
+            if not mark.exists():
+                mark.write_text(uuid.uuid4().hex[:8])
+            track_id = mark.read_text()
+            own = {"id": track_id, "dir": self.out} if self.args.track == "wandb" else {}
             self.track(lambda tracker: tracker.init(
-                project="diffusion-rl", name=f"{self.out.resolve().name}-{mark.read_text()}", config=settings,
+                project="diffusion-rl", name=f"{self.out.resolve().name}-{track_id}", config=settings,
                 resume="allow", **own))
         self.saved = self.update
         self.lapped = time.perf_counter()

@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -248,6 +248,7 @@ def sudoku_solutions() -> frozenset[str]:
     return frozenset("".join(map(str, grid)) for grid in sudoku_grids())
 
 
+@functools.cache
 def sudoku_split() -> dict[str, np.ndarray]:
     """Solution grids for training (180), validation (48) and held out (60): no board shares its solution
     across."""
@@ -440,14 +441,19 @@ def countdown_split() -> dict[str, list[dict]]:
     return {"test": rows[:1024], "validation": rows[1024:2048], "train": rows[2048:]}
 
 
+def countdown_prompt(numbers: Sequence[int], target: int) -> str:
+    """ "3 2 7 > 13 =", to be answered by "3 * 2 + 7"."""
+    return f"{' '.join(map(str, numbers))} > {target} ="
+
+
 def countdown_tiny_row(raw: dict) -> dict:
-    """The prompt "3 7 2 > 13 =", to be answered by "3 * 2 + 7"."""
+    """A problem the tiny model can read, with its prompt."""
     row = countdown_row(raw)
     numbers, target = row["numbers"], int(row["answer"])
     if not (2 <= len(numbers) <= 3 and 1 <= min(numbers) <= max(numbers) <= LARGEST and target in TARGETS):
         raise ValueError(f"{row['question']}: the tiny model knows two or three numbers from 1 to {LARGEST} "
                          f"and a target from 1 to {TARGETS[-1]}")
-    return row | {"prompt": f"{' '.join(map(str, numbers))} > {target} ="}
+    return row | {"prompt": countdown_prompt(numbers, target)}
 
 
 def countdown_draw(text: str, row: dict) -> list[str]:
