@@ -418,25 +418,24 @@ def expressions(numbers: tuple[int, ...]) -> list[tuple[str, int, str]]:
 
 @functools.cache
 def countdown_answers(numbers: tuple[int, ...]) -> dict[int, list[str]]:
-    """The expressions over the numbers in this order, by their value."""
+    """The expressions over the numbers, in any order, by their value."""
     values = {}
-    for text, value, _ in expressions(numbers):
-        values.setdefault(value, []).append(text)
+    for order in sorted(set(itertools.permutations(numbers))):
+        for text, value, _ in expressions(order):
+            values.setdefault(value, []).append(text)
     return values
 
 
 @functools.cache
 def countdown_split() -> dict[str, list[dict]]:
-    """All problems of two or three numbers from 1 to 20 with a target from 1 to 60, the numbers in an order
-    that reaches it by + - *: 1024 held out, 1024 for validation, the rest for training. None shares its
-    target and numbers with another."""
-    orders = {}  # (target, the numbers sorted): orders that reach it
-    for numbers in itertools.chain(*(itertools.product(range(1, LARGEST + 1), repeat=n) for n in (2, 3))):
-        for target in countdown_answers(numbers):
-            if target in TARGETS:
-                orders.setdefault((target, *sorted(numbers)), []).append(numbers)
-    rng, keys = np.random.default_rng(0), sorted(orders)
-    rows = [{"numbers": list(orders[keys[i]][rng.integers(len(orders[keys[i]]))]), "target": keys[i][0]}
+    """All problems of two or three numbers from 1 to 20 with a target from 1 to 60 that + - * reach, the
+    numbers in any order: 1024 held out, 1024 for validation, the rest for training. None shares its target
+    and numbers with another."""
+    chosen = (itertools.combinations_with_replacement(range(1, LARGEST + 1), n) for n in (2, 3))
+    keys = sorted((target, *numbers) for numbers in itertools.chain(*chosen)
+                  for target in countdown_answers(numbers) if target in TARGETS)
+    rng = np.random.default_rng(0)
+    rows = [{"numbers": rng.permutation(keys[i][1:]).tolist(), "target": keys[i][0]}
             for i in rng.permutation(len(keys))]
     return {"test": rows[:1024], "validation": rows[1024:2048], "train": rows[2048:]}
 

@@ -33,7 +33,7 @@ def build(task: str, seed: int, order: int, threads: int) -> dict:
            "seconds": round(time.perf_counter() - begin)}
     for part in ("validation", "test"):
         rows = load(task, chat=False, train=False, held_out=part)
-        row[part] = pretrain.solved_share(model, rows, rows.test, tiny.L, tiny.block)
+        row[part] = pretrain.solved_share(model, rows, rows.test, tiny)
     return row | {"base": pretrain.base_path(settings).name, "commit": git_commit()}
 
 
