@@ -1,11 +1,11 @@
 """The tiny bases the four methods start from: masked-diffusion pretraining on a tiny task (TINY_TASKS).
 
-A base trained on correct answers alone is too good to need RL, and RL cannot teach new logic in minutes; what
-it can do is sharpen. So, as in real pretraining data, the demonstrations are of mixed quality: a share comes
-from a careless solver that fills each row of a board with its missing digits in any order, or writes any
-expression over the given numbers. And the base stops by what it can do, since the same number of steps gives
-another base on another CPU: at a constant learning rate, once its weights, averaged over the last steps,
-solve the wanted share of validation rows. Those are in neither its own nor RL's training data, nor held out.
+RL cannot teach new logic in minutes; what it can do is sharpen. So the demonstrations leave it something to
+decide: a share of the boards comes from a careless solver that fills each row with its missing digits in any
+order, and an expression is any of those that hit the target, while tokens revealed together have to agree.
+And the base stops by what it can do, since the same number of steps gives another base on another CPU: at a
+constant learning rate, once its weights, averaged over the last steps, solve the wanted share of validation
+rows, greedily in 8 steps. Those are in neither its own nor RL's training data, nor held out.
 
 Objective (MDLM / LLaDA): hide k ~ uniform{1..L} of the L answer tokens; mean cross-entropy of the hidden.
 
