@@ -87,8 +87,8 @@ def elbo(model: Denoiser, roll: Rollout, scored: Tensor, temperature: float) -> 
     rows, scored = roll[torch.arange(M, device=scored.device).repeat_interleave(K)], scored.flatten(0, 1)
     x = canvas(rows, scored | ~rows.valid)  # (M * K, P+L)
     logp = score(model, x, rows.prompt_mask, rows.completion, scored, temperature).sum(1)
-    weight = (rows.valid.sum(1) + 1) / scored.sum(1).clamp(min=1)  # l = 0: the sum is 0
-    return (weight * logp).view(M, K).mean(1)
+    n, l = rows.valid.sum(1), scored.sum(1).clamp(min=1)  # l = 0: the sum is 0
+    return (logp * (n + 1) / l).view(M, K).mean(1)
 
 
 def sequence_loss(
