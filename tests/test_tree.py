@@ -19,7 +19,7 @@ CASES = [("egspo", "--passes 2 --K 3"), ("egspo", "--select uniform --order rand
          ("rldf", "--threshold 0.6 --passes 1"), ("rldf", "--threshold 0 --passes 2 --beta 0.1"),
          ("wd1", "--passes 2"), ("wd1", "--plusplus --K 4 --passes 1"),
          ("gdsd", ""), ("gdsd", "--match tlc --beta 0.1"), ("baselines.diffu_grpo", "--beta 0.1"),
-         ("baselines.espo", "--num_mc 1"), ("baselines.just_grpo", "--passes 2")]
+         ("baselines.espo", "--beta 0.1"), ("baselines.just_grpo", "--passes 2")]
 
 
 def every_row(rows):
