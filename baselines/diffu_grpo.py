@@ -7,8 +7,8 @@ which the WHOLE completion is hidden and each prompt token with probability 0.15
     rho  = p_theta(token | q') / p_old(token | q'),   A = R - mean R of the group
 
 Old, reference and new policy see the same q' within a pass; each pass has its own. That canvas does not
-contain the completion, so one forward per prompt serves all G of them. At ratio 1 this is wd1 with A in place
-of its weights, and `diff wd1.py baselines/diffu_grpo.py` is what a method costs here.
+contain the completion, so one forward per prompt serves all G of them. At ratio 1 this is wd1 with
+A / (G |o|) in place of its weights, and `diff wd1.py baselines/diffu_grpo.py` is what a method costs here.
 
 Read: the abstract, the project page (dllm-reasoning.github.io), a public review and the issue, not the
 paper's equations and not the code. Our reading: GRPO's mean over the tokens of a completion, then over
@@ -47,7 +47,7 @@ class Args(Flags):
     hide_prompt: float = 0.15  # share of prompt tokens hidden (paper: 0.15)
     eps: float = 0.2  # clip (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
-    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (wd1's account of it: 12; Sudoku 8)
+    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (wd1: 12; Sudoku 8)
     minibatches: int = 1  # optimizer steps per pass, each on whole groups
     lr: float = 3e-5  # AdamW
     grad_norm: float = 1.0  # gradient clipping

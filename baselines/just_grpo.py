@@ -13,11 +13,12 @@ enumeration). GRPO's own normalisers, the std of the group and the length of eac
 what EGSPO would with K = L: L canvases a row, less what rows share, which of a prefix is much.
 
 EVALUATION is that of all methods: S steps, most certain first. --S and --block are its settings alone; what
-is learned in one order is used in another, which is the paper's claim ("retaining the parallel decoding").
+is learned in one order is used in another, which is the paper's claim ("fully retaining the parallel decoding
+ability"). It is about mathematics and code: for Sudoku its abstract says that free order helps.
 
-Read: the abstract, the project page and the issue, not the paper's equations and not the code. Our reading:
-rollouts are the sampler's with blocks of one token, so a row ends with its first EOS; the old
-log-probabilities are those recorded by it.
+Read: the abstracts (arXiv, ICML 2026), the project page, the opening of the repository's README and the
+issue, not the paper's equations and not the code. Our reading: rollouts are the sampler's with blocks of one
+token, so a row ends with its first EOS; the old log-probabilities are those recorded by it.
 Differences: the normalisers; minibatches; full fine-tuning; without a KL, tokens of rows of advantage 0 are
 not evaluated; small-batch defaults for the tiny model.
 
@@ -70,7 +71,7 @@ def advantage(reward: Tensor, G: int, grpo_norm: bool) -> Tensor:
     """R minus the group's mean, in GRPO divided by its std; exactly 0 where a whole group is equal. (B,)."""
     group = reward.view(-1, G)
     equal = group.amax(1, keepdim=True) == group.amin(1, keepdim=True)
-    scale = group.std(1, keepdim=True) if grpo_norm else torch.ones_like(equal)
+    scale = group.std(1, keepdim=True) if grpo_norm else 1.0
     return ((group - group.mean(1, keepdim=True)) / scale).masked_fill(equal, 0.0).flatten()
 
 

@@ -1,6 +1,7 @@
 """diffu-GRPO, ESPO and JustGRPO: what is exact by enumeration, each loss against slow loops and the tempting
 wrong ones, then whole runs. What every method must do is in test_methods.py and test_tree.py."""
 
+import inspect
 import itertools
 import math
 import subprocess
@@ -15,6 +16,7 @@ from test_gdsd import gradient
 from test_methods import BASELINES, launch, lines
 from test_wd1 import slow_logits, up_to_eos
 
+import egspo
 import models
 import wd1
 from baselines import diffu_grpo, espo, just_grpo
@@ -153,6 +155,12 @@ def test_diffu_grpo_at_ratio_one_has_the_gradient_of_wd1s_likelihood():
 
 
 # ----------------------------------------------------------------------------------------- by hand
+
+
+def test_what_is_tested_elsewhere_is_the_same_text():
+    for ours, theirs in ((diffu_grpo.hide_tokens, wd1.hide_tokens), (diffu_grpo.k3, egspo.k3),
+                         (just_grpo.k3, egspo.k3)):
+        assert inspect.getsource(ours) == inspect.getsource(theirs)
 
 
 @pytest.mark.parametrize("advantage", [*ADVANTAGES, grpo_advantage])
@@ -308,16 +316,20 @@ SHAPE = ("--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 -
          "--eval_every 100 --minibatches 1")
 
 
-@pytest.mark.parametrize("method", BASELINES)
-def test_an_update_has_the_gradient_of_the_loss(method, saved, exact, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method, own", [
+    ("baselines.diffu_grpo", "--hide_prompt 0.5"), ("baselines.espo", ""), ("baselines.just_grpo", ""),
+    ("baselines.just_grpo", "--grpo_norm")])
+def test_an_update_has_the_gradient_of_the_loss(method, own, saved, exact, tmp_path, monkeypatch):
     """Two updates of two passes in float64: old, reference and policy are of different networks."""
     name, module = method.partition(".")[2], import_module(method)
+    right, wrong = RIGHT[name], WRONG[name]
+    if own == "--grpo_norm":
+        right, wrong = (just_values, token_mean), [RIGHT[name]]
     seen = {function: [] for function in ("denoise", "reward_rows", "hide_tokens", "antithetic_masks")}
     for function, found in seen.items():
         if hasattr(module, function):
             monkeypatch.setattr(module, function, recording(getattr(module, function), found))
-    flags = f"--updates 2 --passes {PASSES} --beta {BETA} --eps {EPS} --lr 1e-2 --budget 100"
-    flags += " --hide_prompt 0.5" * (name == "diffu_grpo")
+    flags = f"--updates 2 --passes {PASSES} --beta {BETA} --eps {EPS} --lr 1e-2 --budget 100 {own}"
     launch(method, "--model", saved, "--out", tmp_path / "run", *f"{SHAPE} {flags}".split())
     assert seen["denoise"][0].valid.sum(1).unique().numel() > 2
     assert len(seen["hide_tokens"]) == 2 * PASSES * (name == "diffu_grpo")
@@ -332,11 +344,11 @@ def test_an_update_has_the_gradient_of_the_loss(method, saved, exact, tmp_path, 
     updates = [row for row in lines(tmp_path / "run") if "loss" in row]
     for u in range(2):
         group = seen["reward_rows"][u][0].view(4, 3)
-        adv = (group - group.mean(1, keepdim=True)).flatten()
+        scale = group.std(1, keepdim=True).clamp(min=1e-6) if own == "--grpo_norm" else 1.0
+        adv = ((group - group.mean(1, keepdim=True)) / scale).flatten()
         for k in range(PASSES):
             grad, weights = exact[PASSES * u + k]
-            last = (u, k) == (1, PASSES - 1)
-            for value, loss in [RIGHT[name], *(WRONG[name] if last else [])]:
+            for value, loss in [right, *(wrong if (u, k) == (1, PASSES - 1) else [])]:
                 with torch.no_grad():
                     ref = values(value, start, u, k)
                     old = values(value, exact[PASSES * u][1], u, k)
@@ -344,8 +356,7 @@ def test_an_update_has_the_gradient_of_the_loss(method, saved, exact, tmp_path, 
                 total = sum(loss(*row) for row in rows) / 12
                 expected = torch.autograd.grad(total, list(model.network.parameters()), allow_unused=True)
                 error = relative_error(torch.cat([g.flatten() for g in expected if g is not None]), grad)
-                right = (value, loss) == RIGHT[name]
-                assert error < 1e-9 if right else error > 1e-3, (value, loss, error)
+                assert error < 1e-9 if (value, loss) == right else error > 1e-3, (value, loss, error)
     assert updates[1]["kl"] > 0 and updates[1]["clip_frac"] > 0
 
 
@@ -393,11 +404,11 @@ def test_diffu_grpo_takes_one_forward_a_prompt_and_pass(saved, tmp_path):
     assert 4 * 3 < update["nfe_update"] <= 4 * 3 * 2  # fewer where two passes hide the same
 
 
-def test_each_file_runs_by_itself_from_anywhere(tmp_path):
+def test_a_file_runs_by_itself_from_anywhere(tmp_path):
     files = [ROOT / f"{method.replace('.', '/')}.py" for method in BASELINES]
     assert set(files) == set((ROOT / "baselines").glob("*.py"))
-    command = [sys.executable, "-P"]  # no folder of the script's or of ours on the path but what it adds
-    started = [subprocess.Popen([*command, str(file), "--resume", "nowhere"], cwd=tmp_path, text=True,
-                                stderr=subprocess.PIPE) for file in files]
-    for process in started:
-        assert "nowhere holds no run to resume" in process.communicate()[1] and process.returncode == 2
+    start = [file.read_text().partition("import sys\n")[2].partition("from common")[0] for file in files]
+    assert len({text.replace(", replace", "") for text in start}) == 1 and "sys.path" in start[0]
+    command = [sys.executable, "-P", str(files[1]), "--resume", "nowhere"]  # -P: its folder is not on the path
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    assert "nowhere holds no run to resume" in done.stderr and done.returncode == 2
