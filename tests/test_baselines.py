@@ -409,6 +409,6 @@ def test_a_file_runs_by_itself_from_anywhere(tmp_path):
     assert set(files) == set((ROOT / "baselines").glob("*.py"))
     start = [file.read_text().partition("import sys\n")[2].partition("from common")[0] for file in files]
     assert len({text.replace(", replace", "") for text in start}) == 1 and "sys.path" in start[0]
-    command = [sys.executable, "-P", str(files[1]), "--resume", "nowhere"]  # -P: its folder is not on the path
+    command = [sys.executable, "-P", str(files[1]), "--resume", "nowhere"]  # -P: not its folder on the path
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert "nowhere holds no run to resume" in done.stderr and done.returncode == 2
