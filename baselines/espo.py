@@ -45,7 +45,7 @@ class Args(Flags):
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 20  # rollouts, each with its optimizer steps
+    updates: int = 12  # rollouts, each with its optimizer steps
     num_mc: int = 2  # masks per row, each with its complement (paper: not read)
     eps: float = 0.2  # clip of the ratio of a whole completion (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference

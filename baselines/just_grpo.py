@@ -48,7 +48,7 @@ class Args(Flags):
     S: int = 8  # denoising steps of an evaluation; a rollout takes L, a token each (LLM: 128)
     block: int = 16  # tokens per block in an evaluation; 1 in a rollout (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 60  # rollouts, each with its optimizer steps
+    updates: int = 40  # rollouts, each with its optimizer steps
     grpo_norm: bool = False  # divide by the group's std and by each answer's length, as GRPO does: biased
     eps: float = 0.2  # clip (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
