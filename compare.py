@@ -35,7 +35,8 @@ TASKS = list(TINY)
 MAIN = {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
     "wd1++": "wd1.py --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4 --updates 60",
-    "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc",
+    "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc", "diffu-GRPO": "baselines/diffu_grpo.py",
+    "ESPO": "baselines/espo.py", "JustGRPO": "baselines/just_grpo.py",
 }
 ABLATIONS = {  # each differs from its method's line in MAIN by what is added; Sudoku alone, three seeds
     "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order confidence",

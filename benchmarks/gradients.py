@@ -4,8 +4,9 @@ Denoisers of 3 tokens, 3 positions and 3 steps, random logits of standard deviat
 or "shared", sums over positions (tabular.py). Rewards: uniform in [0, 1] for each of the 27 completions.
 No Monte Carlo: the sampler is led down every path, groups of 4 are all multisets of completions, random steps
 and masks are summed over. All at theta_old, where ratios are 1, by the methods' own functions, settings and
-sampling (RLDF's has threshold 0.9), against the exact gradient of E[R] under that sampling. Simplified: RLDF
-draws one step or mask for a row, its normaliser a constant as in a large batch; GDSD draws one mask pair.
+sampling (RLDF's has threshold 0.9, JustGRPO's blocks of one token), against the exact gradient of E[R] under
+that sampling. Simplified: RLDF draws one step or mask for a row, its normaliser a constant as in a large
+batch; GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO and wd1 could hide some.
 
     cosine    of the angle between expected update u and gradient g: mean and lowest over the models
     bias      |u - a g| / |a g| with the best a: the tangent of the angle, median
@@ -34,6 +35,7 @@ import egspo  # noqa: E402
 import gdsd  # noqa: E402
 import rldf  # noqa: E402
 import wd1  # noqa: E402
+from baselines import diffu_grpo, espo, just_grpo  # noqa: E402
 from benchmarks import figures  # noqa: E402
 from benchmarks.tabular import STATE, L, S, V, every_rollout, random_model  # noqa: E402
 from common import canvas, generator  # noqa: E402
@@ -102,7 +104,33 @@ def gdsd_update(model, roll, draw, value, match):
         at, at.detach(), at.detach(), gdsd.advantage(reward[o], G)[:, None], 0.2, 0.0)
 
 
+def diffu_grpo_update(model, roll, draw, value):
+    hidden = torch.ones_like(roll.valid)
+    logp = diffu_grpo.one_step_logp(model, canvas(roll, hidden), roll, 1.0)  # (O, L)
+    reward = value[roll.completion @ ANSWER]
+    return torch.ones(len(draw)), logp, hidden[:, None], lambda at, o: diffu_grpo.token_loss(
+        at, at.detach(), diffu_grpo.advantage(reward[o], G), 0.2)[0]
+
+
+def espo_update(model, roll, draw, value):
+    noise = torch.cat([(draw[:, None] // 6 + 0.5) / (L + 1), ORDERS[draw % 6]], 1)  # how many, then which
+    scored = espo.antithetic_masks(roll.valid, noise[:, None])  # (O, 2, L)
+    E, reward = espo.elbo(model, roll, scored, 1.0)[:, None], value[roll.completion @ ANSWER]
+    return torch.ones(len(draw)), E, scored, lambda at, o: espo.sequence_loss(
+        at, at.detach(), L, espo.advantage(reward[o], G)[:, None], 0.2)[0]
+
+
+def just_grpo_update(model, roll, draw, value, grpo_norm=False):
+    place = torch.arange(L)
+    logp = [just_grpo.token_logp(model, roll, place[t].expand(len(draw)), 1.0) for t in range(L)]
+    hidden = (place >= place[:, None]).expand(len(draw), -1, -1)  # (O, L, L)
+    reward = value[roll.completion @ ANSWER]
+    return torch.ones(len(draw)), torch.stack(logp, 1), hidden, lambda at, o: just_grpo.token_loss(
+        at, at.detach(), just_grpo.advantage(reward[o], G, grpo_norm)[:, None], 0.2)[0]
+
+
 TOP_PROB, CONFIDENCE, THRESHOLD = ("top_prob", None), ("confidence", None), ("confidence", 0.9)
+LEFT_TO_RIGHT = ("top_prob", None, 1)
 VARIANTS = {  # sampling, update, draws of a row, options
     "EGSPO": (TOP_PROB, egspo_update, 1, {}),
     "EGSPO, order confidence": (CONFIDENCE, egspo_update, 1, {}),
@@ -123,6 +151,10 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "wd1, positive only": (TOP_PROB, wd1_update, 1, dict(positive_only=True)),
     "GDSD logp": (TOP_PROB, gdsd_update, 24, dict(match="logp")),
     "GDSD tlc": (TOP_PROB, gdsd_update, 24, dict(match="tlc")),
+    "diffu-GRPO": (TOP_PROB, diffu_grpo_update, 1, {}),
+    "ESPO": (TOP_PROB, espo_update, 24, {}),
+    "JustGRPO": (LEFT_TO_RIGHT, just_grpo_update, 1, {}),
+    "JustGRPO, std": (LEFT_TO_RIGHT, just_grpo_update, 1, dict(grpo_norm=True)),
 }
 
 

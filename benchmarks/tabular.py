@@ -45,23 +45,28 @@ def random_model(kind: str, gen: torch.Generator) -> common.Denoiser:
 
 
 def every_rollout(
-    model: common.Denoiser, order: str, threshold: float | None
+    model: common.Denoiser, order: str, threshold: float | None, block: int = L
 ) -> tuple[common.Rollout, Tensor]:
     """All N trajectories the sampler can take, and their probabilities (N,) with their graph.
 
-    The noise is such that a row samples given tokens, one for each step and position; a row for each choice
-    of them. A choice where the position is not hidden any more changes nothing, and one of them is kept."""
-    tokens = torch.cartesian_prod(*[torch.arange(V)] * (S * L)).view(-1, S, L)
+    The noise is such that a row samples given tokens, one for each step and position of its block (of all, or
+    of one, left to right); a row for each choice of them. A choice where the position is not hidden any more
+    changes nothing, and one of them is kept."""
+    tokens = torch.cartesian_prod(*[torch.arange(V)] * (S * block)).view(-1, S, block)
     noise = iter(torch.nn.functional.one_hot(tokens, V + 1).double().mul(0.5).unbind(1))  # 0 never wins
     none = tokens[:, 0, :0]
     with mock.patch.object(common, "group_noise", lambda *_: next(noise)):
-        roll = common.denoise(model, none, none.bool(), [None], L=L, S=S, block=L, order=order,
+        roll = common.denoise(model, none, none.bool(), [None], L=L, S=S, block=block, order=order,
                               threshold=threshold, guess=True)
     hidden = roll.step[:, None] >= torch.arange(S)[:, None]  # (rows, S, L)
-    once = (hidden | (tokens == 0)).flatten(1).all(1)
-    roll, tokens, hidden = roll[once], tokens[once].flatten(0, 1), hidden[once]
+    inside = torch.arange(L) // block == torch.arange(S)[:, None] // block  # (S, L) step s is in this block
+    target = torch.zeros_like(hidden, dtype=torch.long)
+    target[:, inside] = tokens.flatten(1)
+    sampled = hidden & inside
+    once = (sampled | (target == 0)).flatten(1).all(1)
+    roll, target, hidden, sampled = roll[once], target[once].flatten(0, 1), hidden[once], sampled[once]
     x = common.canvas(roll, hidden).flatten(0, 1)
-    logp = common.score(model, x, x[:, :0].bool(), tokens, hidden.flatten(0, 1), 1.0)  # of all it samples
+    logp = common.score(model, x, x[:, :0].bool(), target, sampled.flatten(0, 1), 1.0)  # of all it samples
     first, which = common.distinct(torch.cat([roll.completion, roll.step], 1))
     p = logp.view(-1, S * L).sum(1).exp()
     return roll[first], p.new_zeros(len(first)).index_add(0, which, p)

@@ -7,8 +7,8 @@ import torch
 from benchmarks import gradients, tabular
 from common import denoise, distinct, generator
 
-EXACT = "EGSPO", "EGSPO-SA", "EGSPO, K 2 of 3, uniform"
-BIASED = "EGSPO-SA, rank", "EGSPO, K 2 of 3", "EGSPO, order confidence"
+EXACT = "EGSPO", "EGSPO-SA", "EGSPO, K 2 of 3, uniform", "JustGRPO"
+BIASED = "EGSPO-SA, rank", "EGSPO, K 2 of 3", "EGSPO, order confidence", "JustGRPO, std"
 
 
 @pytest.mark.parametrize("kind", ["own", "shared"])
@@ -22,16 +22,17 @@ def test_what_is_exact_and_what_is_not(kind):
         assert cosine < 0.9999 and bias > 0.01, name
 
 
-@pytest.mark.parametrize("order, threshold", [("top_prob", None), ("confidence", None), ("confidence", 0.7)])
-def test_every_rollout_is_what_the_sampler_does(order, threshold):
+@pytest.mark.parametrize("order, threshold, block", [
+    ("top_prob", None, 3), ("confidence", None, 3), ("confidence", 0.7, 3), ("top_prob", None, 1)])
+def test_every_rollout_is_what_the_sampler_does(order, threshold, block):
     """20,000 rows. False alarm: some 200 shares, |z| > 5, about 1e-4."""
     model = tabular.random_model("own", generator("cpu", 0))
-    every, p = tabular.every_rollout(model, order, threshold)
+    every, p = tabular.every_rollout(model, order, threshold, block)
     assert abs(p.sum().item() - 1) < 1e-12
     assert (len(p) == 27) == (order == "top_prob")
     none = torch.zeros(20_000, 0, dtype=torch.long)
-    roll = denoise(model, none, none.bool(), [generator("cpu", 1)], L=3, S=3, block=3, order=order,
-                   threshold=threshold)
+    roll = denoise(model, none, none.bool(), [generator("cpu", 1)], L=3, S=3, block=block,
+                   order=order, threshold=threshold)
     paths = torch.cat([torch.cat([part.completion, part.step], 1) for part in (every, roll)])
     _, which = distinct(paths)
     count = torch.bincount(which[len(p) :], minlength=len(p))
@@ -41,7 +42,8 @@ def test_every_rollout_is_what_the_sampler_does(order, threshold):
 
 
 @pytest.mark.parametrize("name", [
-    "EGSPO-SA, K 2 of 3, rank", "EGSPO, K 2 of 3, uniform", "RLDF", "wd1++", "GDSD tlc"])
+    "EGSPO-SA, K 2 of 3, rank", "EGSPO, K 2 of 3, uniform", "RLDF", "wd1++", "GDSD tlc",
+    "diffu-GRPO", "ESPO", "JustGRPO"])
 def test_moments_against_samples(name, monkeypatch):
     """10,000 groups, each row an outcome of its own. False alarm: |z| > 5 of two numbers, about 1e-6."""
     honest, seen = gradients.moments, []

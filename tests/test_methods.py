@@ -25,7 +25,8 @@ import run
 import tasks
 
 ROOT = Path(__file__).parent.parent
-METHODS = ["egspo", "wd1", "rldf", "gdsd"]
+BASELINES = ["baselines.diffu_grpo", "baselines.espo", "baselines.just_grpo"]
+METHODS = ["egspo", "wd1", "rldf", "gdsd", *BASELINES]
 SMALL = "--prompts 8 --G 2 --S 4 --eval_every 2 --eval_rows 64 --save_every 1 --seed 3".split()
 TIMING = {"seconds", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second",
           "peak_memory_gib"}
@@ -40,12 +41,16 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
+def script(method: str) -> Path:
+    return ROOT / f"{method.replace('.', '/')}.py"
+
+
 def launch(method: str, *argv) -> float:
     """`python method.py argv`, in this process."""
     module = importlib.import_module(method)
-    old, sys.argv = sys.argv, [method + ".py", *map(str, argv)]
+    old, sys.argv = sys.argv, [str(script(method)), *map(str, argv)]
     try:
-        return module.train(run.parse_args(module.Args, method, module.COUNTDOWN, module.LLM))
+        return module.train(run.parse_args(module.Args, module.METHOD, module.COUNTDOWN, module.LLM))
     finally:
         sys.argv = old
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -82,7 +87,7 @@ def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path, with_a
 
 def start(method: str, *argv) -> subprocess.Popen:
     """`python method.py argv` as a user starts it."""
-    command = [sys.executable, str(ROOT / f"{method}.py"), *map(str, argv)]
+    command = [sys.executable, str(script(method)), *map(str, argv)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -145,13 +150,13 @@ def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys,
     updates = [row for row in complete_lines(out / "metrics.jsonl") if "reward" in row]
     assert [row["update"] for row in updates] == [1, 2, 3]
     assert all(math.isfinite(value) for row in updates for value in row.values())
-    most = 16 if method == "rldf" else 4  # adaptive rollouts take at most a step per token
+    most = 16 if method in ("rldf", "baselines.just_grpo") else 4  # at most a step per token
     assert 8 * 2 <= updates[0]["nfe_rollout"] <= 8 * 2 * most
     readme = (ROOT / "results" / "README.md").read_text()
     assert [key for key in updates[0] | first if f"`{key}`" not in readme] == []
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     saved = json.loads((out / "args.json").read_text())
-    assert saved["method"] == method and saved["seed"] == 3
+    assert saved["method"] == method.rpartition(".")[2] and saved["seed"] == 3
     model, state = models.load_model(str(out / "model")), weights(out)
     assert all(torch.equal(v, state[k]) for k, v in model.network.state_dict().items())
     assert launch(method, "--resume", out, "--eval_only") == accuracy
@@ -185,6 +190,9 @@ BAD_OF = {
              "--order random": "threshold", "--eps 2": "at most 1"},
     "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--beta -1": "at least 0"},
     "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
+    "baselines.diffu_grpo": {"--hide_prompt 2": "at most 1", "--eps 2": "at most 1"},
+    "baselines.espo": {"--num_mc 0": "at least 1", "--eps 2": "at most 1"},
+    "baselines.just_grpo": {"--eps 2": "at most 1", "--beta -1": "at least 0"},
     "egspo": {
         "--K 0": "from 1 to",
         "--K 9": "from 1 to",
@@ -262,7 +270,7 @@ def test_frozen_blocks_are_the_same_text():
     first = blocks(ROOT / "egspo.py")
     assert set(first) == {"setup"}
     for method in METHODS:
-        assert blocks(ROOT / f"{method}.py") == first, method
+        assert blocks(script(method)) == first, method
 
 
 def test_every_setting_is_read():
@@ -271,7 +279,7 @@ def test_every_setting_is_read():
     for method in METHODS:
         names = [f.name for f in dataclasses.fields(importlib.import_module(method).Args)]
         listed = re.search(r"for name in \((.*?)\):", shared, re.S).group(1)  # checked by name
-        read = (ROOT / f"{method}.py").read_text() + shared
+        read = script(method).read_text() + shared
         unread = [n for n in names if f"args.{n}" not in read and f'"{n}"' not in listed]
         assert unread == [], method
 
@@ -279,10 +287,11 @@ def test_every_setting_is_read():
 def test_written_commands_parse():
     """Every `python method.py ...` of the README and of the docstrings is a command line of today."""
     texts = [(ROOT / "README.md").read_text(), *(importlib.import_module(m).__doc__ for m in METHODS)]
-    command = r"python (\w+)\.py((?: --[\w-]+(?: (?![-#])[\w./~-]+)?)*)"
+    command = r"python ([\w/]+)\.py((?: --[\w-]+(?: (?![-#])[\w./~-]+)?)*)"
     commands = [found for text in texts for found in re.findall(command, text)]
     assert len(commands) > 10
-    for name, flags in commands:
+    for path, flags in commands:
+        name = path.replace("/", ".")
         if name in METHODS and "--help" not in flags:
             tyro.cli(importlib.import_module(name).Args, args=shlex.split(flags))
 
@@ -294,6 +303,9 @@ LEARN = {
     "gdsd": "--updates 45 --lr 2e-3",
     "wd1": "--updates 45 --lr 5e-4",
     "egspo": "--updates 45 --K 2 --minibatches 1 --lr 5e-3",
+    "baselines.diffu_grpo": "--updates 45 --lr 2e-3",
+    "baselines.espo": "--updates 45 --lr 2e-3",
+    "baselines.just_grpo": "--updates 45 --minibatches 1 --lr 5e-3",
 }
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import LAYOUTS, write
-from test_methods import METHODS, launch, lines, same_run
+from test_methods import BASELINES, METHODS, launch, lines, same_run
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import common
@@ -33,7 +33,8 @@ ROWS = {  # as the local files have them
 }
 SHAPE = ("--prompts 1 --G 2 --L 16 --S 4 --block 8 --budget 600 --eval_rows 2 --eval_every 2 --save_every 1 "
          "--seed 3").split()
-OWN = {"egspo": ["--K", 2], "rldf": ["--K", 2], "wd1": ["--passes", 2], "gdsd": ["--passes", 2]}
+OWN = {"egspo": ["--K", 2], "rldf": ["--K", 2], "wd1": ["--passes", 2], "gdsd": ["--passes", 2],
+       **dict.fromkeys(BASELINES, ["--passes", 1])}
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +53,9 @@ def data(tmp_path_factory) -> dict[str, str]:
     return files
 
 
-# Every method with every layout; the tasks take turns, so that each meets every method.
+# Every method with every layout, a baseline with two; the tasks take turns: each meets every method.
 RUNS = [(method, layout, list(ROWS)[(m + i) % 5]) for m, method in enumerate(METHODS)
-        for i, layout in enumerate(LAYOUTS)]
+        for i, layout in enumerate(LAYOUTS) if method not in BASELINES or i % 3 == m % 3]
 
 
 @pytest.mark.parametrize("method, layout, task", RUNS)

@@ -1,5 +1,6 @@
 """A group is a tree: with each distinct canvas evaluated once, all is as if every row were evaluated."""
 
+import importlib
 import itertools
 
 import pytest
@@ -17,7 +18,8 @@ SHAPE = ("--task toy --prompts 4 --G 6 --L 8 --S 4 --block 4 --updates 1 --lr 0 
 CASES = [("egspo", "--passes 2 --K 3"), ("egspo", "--select uniform --order random --beta 0.1"),
          ("rldf", "--threshold 0.6 --passes 1"), ("rldf", "--threshold 0 --passes 2 --beta 0.1"),
          ("wd1", "--passes 2"), ("wd1", "--plusplus --K 4 --passes 1"),
-         ("gdsd", ""), ("gdsd", "--match tlc --beta 0.1")]
+         ("gdsd", ""), ("gdsd", "--match tlc --beta 0.1"), ("baselines.diffu_grpo", "--beta 0.1"),
+         ("baselines.espo", "--beta 0.1"), ("baselines.just_grpo", "--passes 2")]
 
 
 def every_row(rows):
@@ -34,7 +36,7 @@ def update(monkeypatch, tmp_path):
     number, real = itertools.count(), Run.optimizer_step
 
     def go(method: str, flags: str, shared: bool, dtype=torch.float32):
-        module, seen, gradients = __import__(method), {}, []
+        module, seen, gradients = importlib.import_module(method), {}, []
         with monkeypatch.context() as patch:
             if not shared:
                 patch.setattr(common, "distinct", every_row)

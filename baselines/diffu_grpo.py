@@ -1,0 +1,178 @@
+"""diffu-GRPO, the RL of d1 (arXiv 2504.12216): GRPO on a one-step likelihood of each token.
+
+A diffusion model has no likelihood of a token given those before it. d1 takes the one of a single canvas, on
+which the WHOLE completion is hidden and each prompt token with probability 0.15 (q'):
+
+    loss = mean over rows of (1 / |o|) sum over tokens of o of [-min(rho A, clip(rho, 1 -+ eps) A) + beta k3]
+    rho  = p_theta(token | q') / p_old(token | q'),   A = R - mean R of the group
+
+Old, reference and new policy see the same q' within a pass; each pass has its own. That canvas does not
+contain the completion, so one forward per prompt serves all G of them. At ratio 1 this is wd1 with
+A / (G |o|) in place of its weights, and `diff wd1.py baselines/diffu_grpo.py` is what a method costs here.
+
+Read: the abstract, the project page (dllm-reasoning.github.io), a public review and the issue, not the
+paper's equations and not the code. Our reading: GRPO's mean over the tokens of a completion, then over
+completions; no std (as the issue has it); tokens behind the EOS do not count; the old log-probabilities of
+every pass are taken before the first optimizer step on a rollout.
+Differences: G times fewer forwards; minibatches; full fine-tuning; no SFT stage before RL; without a KL, rows
+of advantage 0 are not evaluated; small-batch defaults for the tiny model.
+
+python baselines/diffu_grpo.py                   4x4 Sudoku
+python baselines/diffu_grpo.py --hide_prompt 0   the whole prompt shown: every pass sees the same canvas
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder, started from anywhere
+
+from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator,  # noqa: E402
+                    micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
+from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
+
+
+@dataclass
+class Args(Flags):
+    prompts: int = 32  # prompts per rollout
+    G: int = 8  # samples per prompt (a group)
+    L: int = 16  # completion length, tokens (LLM: 256)
+    S: int = 8  # denoising steps per completion (LLM: 128)
+    block: int = 16  # tokens per block, decoded left to right (LLM: 32)
+    temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    updates: int = 40  # rollouts, each with its optimizer steps
+    hide_prompt: float = 0.15  # share of prompt tokens hidden (paper: 0.15)
+    eps: float = 0.2  # clip (paper: not read)
+    beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (wd1: 12; Sudoku 8)
+    minibatches: int = 1  # optimizer steps per pass, each on whole groups
+    lr: float = 3e-5  # AdamW
+    grad_norm: float = 1.0  # gradient clipping
+
+
+# Where --task countdown starts from, with the tiny model.
+COUNTDOWN = dict(L=8, S=8, block=4)
+
+# Where a model that reads words starts from: wd1's settings, whose likelihood it is (d1's were not read).
+LLM = dict(
+    prompts=4, G=6, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
+    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, passes=12, lr=3e-6,
+    grad_norm=0.2)
+
+
+def advantage(reward: Tensor, G: int) -> Tensor:
+    """R minus the group's mean; exactly 0 where a whole group is equal. (B,)."""
+    group = reward.view(-1, G)
+    unequal = group.amax(1, keepdim=True) > group.amin(1, keepdim=True)
+    return ((group - group.mean(1, keepdim=True)) * unequal).flatten()
+
+
+def hide_tokens(prompt: Tensor, prompt_mask: Tensor, share: float, mask_id: int, gens: list) -> Tensor:
+    """Prompts (prompts, P) with each real token hidden with probability `share`; one generator per prompt.
+
+    Drawn from the prompt's end, so that left padding does not change the draw."""
+    draw = [torch.rand(prompt.shape[1], generator=gen, device=prompt.device).flip(0) for gen in gens]
+    return prompt.masked_fill((torch.stack(draw) < share) & prompt_mask, mask_id)
+
+
+def one_step_logp(model: Denoiser, x: Tensor, roll: Rollout, temperature: float) -> Tensor:
+    """log p(token | x) of the valid tokens of rows `roll`, 0 elsewhere: (M, L). x (M, P+L) hides them all."""
+    return score(model, x, roll.prompt_mask, roll.completion, roll.valid, temperature)
+
+
+def token_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """PPO-clipped loss of each token (M, L), adv (M,), and whether the clip took its gradient away."""
+    ratio, adv = (logp - logp_old).exp(), adv[:, None]
+    gain = torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)  # pessimistic of the two
+    return -gain, gain < ratio * adv  # minimise
+
+
+def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) from the policy's samples, >= 0."""
+    # with the samples fixed, its gradient is that of KL(reference || policy)
+    d = logp_ref - logp
+    return d.exp() - d - 1
+
+
+def train(args: Args) -> float:
+    """One run; returns the held-out accuracy at its end."""
+    if args.hide_prompt > 1 or args.eps > 1:
+        refuse("--hide_prompt and --eps must be at most 1")
+    # <frozen: setup>
+    model, task = setup(args)
+    if args.eval_only:
+        return evaluate_only(args, model, task)
+    # </frozen>
+    reference = model.frozen() if args.beta else None  # as before training, also when resumed
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
+    run = Run(args, METHOD, model, task, optimizer)
+
+    while not run.boundary():  # 1 save, evaluate
+        # 2 roll out: G completions of each prompt
+        ids = draw_prompts(args, len(task.train), run.update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
+        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                       temperature=args.temperature, budget=args.budget)
+        run.rolled_out(roll)
+
+        # 3 reward
+        reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
+        run.lap("reward")
+
+        # 4 advantage, the canvas of each pass, and the log-probabilities to compare with on it
+        adv = advantage(reward, args.G)  # (B,)
+        canvases, one = [], slice(None, None, args.G)  # a row of each prompt
+        for epoch in range(args.passes):
+            gens = [generator(model.device, args.seed, "prompt mask", run.update, epoch, i) for i in ids]
+            some = hide_tokens(prompt[one], prompt_mask[one], args.hide_prompt, model.mask_id, gens)
+            shown = replace(roll, prompt=some.repeat_interleave(args.G, 0))
+            canvases.append(canvas(shown, torch.ones_like(roll.valid)))
+        x = torch.stack(canvases, 1)  # (B, passes, P+L), equal for the G rows of a prompt: one forward
+        moves = (adv != 0) | (reference is not None)  # (B,) without a KL, advantage 0 cannot move a weight
+        pairs = moves[:, None].expand(-1, args.passes).nonzero()  # (M, 2): a row and a pass
+        logp_old = roll.logp.new_zeros(len(rows), args.passes, args.L)
+        logp_ref = torch.zeros_like(logp_old)
+        with torch.no_grad():
+            for part in micro_batches(pairs, x, args.budget):
+                r, k = part.unbind(1)
+                logp_old[r, k] = one_step_logp(model, x[r, k], roll[r], args.temperature)
+                if reference:
+                    logp_ref[r, k] = one_step_logp(reference, x[r, k], roll[r], args.temperature)
+        run.counters["nfe_update_full"] += len(rows) * args.passes * (3 if reference else 2)
+
+        # 5 update
+        infos = []
+        for epoch in range(args.passes):
+            for batch in minibatches(args, pairs[pairs[:, 1] == epoch], run.update, epoch):
+                info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
+                scored = roll.valid[batch[:, 0]].sum().item()
+                for part in micro_batches(batch, x, args.budget):
+                    r, k = part.unbind(1)
+                    logp, valid = one_step_logp(model, x[r, k], roll[r], args.temperature), roll.valid[r]
+                    loss, was_clipped = token_loss(logp, logp_old[r, k], adv[r], args.eps)  # (M, L)
+                    if reference:
+                        kl = k3(logp, logp_ref[r, k])
+                        loss = loss + args.beta * kl
+                        info["kl"] += kl.sum().item() / scored
+                    loss = (loss * valid).sum(1) / valid.sum(1)  # (M,) mean over the tokens of a completion
+                    loss = loss.sum() * args.minibatches / len(rows)  # mean over rows
+                    loss.backward()
+                    info["loss"] += loss.item()
+                    info["clip_frac"] += (was_clipped & valid).sum().item() / scored
+                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                infos.append(info)
+
+        # 6 log
+        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
+    return run.finish()
+
+
+METHOD = "diffu_grpo"
+if __name__ == "__main__":
+    train(parse_args(Args, METHOD, COUNTDOWN, LLM))

@@ -1,0 +1,181 @@
+"""ESPO: ELBO-based sequence-level policy optimisation (arXiv 2512.03759).
+
+Tokens of a diffusion model have no likelihood of their own, only the sequence has: so a whole completion is
+one action, its log-likelihood is stood in for by the ELBO, and there is one ratio per completion, of the
+length-normalised ELBOs,
+
+    loss = mean over rows of -min(rho A, clip(rho, 1 -+ eps) A) + beta/2 (E_theta - E_ref)^2
+    rho  = exp((E_theta - E_old) / n),   A = R - mean R of the group,   n tokens up to the first EOS
+    E    = mean over masks of (n + 1) / l times the sum over the l hidden tokens of log p(token | the others)
+
+with l uniform on 0 .. n and the l tokens drawn uniformly. n - l is uniform as well, so a mask and its
+complement are both unbiased for the ELBO, sum over l of (1 / l) E[sum of log p]; together they score each
+token exactly once. Masks are drawn once per rollout, the same for E_old, E_ref and every pass: they cancel
+from the ratio as long as theta has not moved.
+
+Read: the abstract, the authors' project page (rho and the k2 estimator of the KL) and public summaries of the
+paper, not its other equations and not the code. Our reading: the form of the ELBO with l uniform and the
+complement (that it is coupled is the issue's); the tail behind the EOS is hidden and never scored, as in the
+sampler; A without std; the KL is of whole sequences, in nats, not divided by n.
+Differences: minibatches; full fine-tuning; without a KL, rows of advantage 0 are not evaluated; small-batch
+defaults for the tiny model.
+
+python baselines/espo.py                         4x4 Sudoku
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder, started from anywhere
+
+from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator,  # noqa: E402
+                    group_noise, micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
+from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
+
+
+@dataclass
+class Args(Flags):
+    prompts: int = 32  # prompts per rollout
+    G: int = 16  # samples per prompt (a group)
+    L: int = 16  # completion length, tokens (LLM: 256)
+    S: int = 8  # denoising steps per completion (LLM: 128)
+    block: int = 16  # tokens per block, decoded left to right (LLM: 32)
+    temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    updates: int = 12  # rollouts, each with its optimizer steps
+    num_mc: int = 2  # masks per row, each with its complement (paper: not read)
+    eps: float = 0.2  # clip of the ratio of a whole completion (paper: not read)
+    beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+    passes: int = 2  # passes per rollout (paper: not read)
+    minibatches: int = 2  # optimizer steps per pass, each on whole groups
+    lr: float = 1e-4  # AdamW
+    grad_norm: float = 1.0  # gradient clipping
+
+
+# Where --task countdown starts from, with the tiny model.
+COUNTDOWN = dict(L=8, S=8, block=4)
+
+# Where a model that reads words starts from: GDSD's settings, whose baseline it is (ESPO's were not read).
+LLM = dict(
+    prompts=2, G=16, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
+    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, passes=8, lr=3e-6, grad_norm=0.2)
+
+
+def advantage(reward: Tensor, G: int) -> Tensor:
+    """R minus the group's mean; exactly 0 where a whole group is equal. (B,)."""
+    group = reward.view(-1, G)
+    unequal = group.amax(1, keepdim=True) > group.amin(1, keepdim=True)
+    return ((group - group.mean(1, keepdim=True)) * unequal).flatten()
+
+
+def antithetic_masks(valid: Tensor, noise: Tensor) -> Tensor:
+    """What each of K = 2 num_mc canvases scores (B, K, L): a random set of valid positions, then the rest.
+
+    The size l of the set is uniform on 0 .. n. noise: (B, num_mc, L + 1)."""
+    l = (noise[..., :1] * (valid.sum(1)[:, None, None] + 1)).long()  # (B, num_mc, 1)
+    place = noise[..., 1:].masked_fill(~valid[:, None], 2.0).argsort(2).argsort(2)  # valid ones first
+    chosen = torch.stack([place < l, place >= l], 2).flatten(1, 2)  # (B, K, L)
+    return chosen & valid[:, None]
+
+
+def elbo(model: Denoiser, roll: Rollout, scored: Tensor, temperature: float) -> Tensor:
+    """E (M,) of rows `roll`: mean of (n + 1) / l sum log p over K canvases, scored (M, K, L). One forward."""
+    M, K, _ = scored.shape
+    rows, scored = roll[torch.arange(M, device=scored.device).repeat_interleave(K)], scored.flatten(0, 1)
+    x = canvas(rows, scored | ~rows.valid)  # (M * K, P+L)
+    logp = score(model, x, rows.prompt_mask, rows.completion, scored, temperature).sum(1)
+    n, l = rows.valid.sum(1), scored.sum(1).clamp(min=1)  # l = 0: the sum is 0
+    return (logp * (n + 1) / l).view(M, K).mean(1)
+
+
+def sequence_loss(
+    elbo: Tensor, elbo_old: Tensor, n: Tensor, adv: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """PPO-clipped loss of each completion and whether the clip took its gradient away. All (M,)."""
+    ratio = ((elbo - elbo_old) / n).exp()
+    gain = torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)  # pessimistic of the two
+    return -gain, gain < ratio * adv  # minimise
+
+
+def k2(elbo: Tensor, elbo_ref: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference), >= 0, from the policy's samples: no exponential of a sequence."""
+    return (elbo - elbo_ref) ** 2 / 2
+
+
+def train(args: Args) -> float:
+    """One run; returns the held-out accuracy at its end."""
+    if args.num_mc < 1 or args.eps > 1:
+        refuse("--num_mc must be at least 1 and --eps at most 1")
+    # <frozen: setup>
+    model, task = setup(args)
+    if args.eval_only:
+        return evaluate_only(args, model, task)
+    # </frozen>
+    reference = model.frozen() if args.beta else None  # as before training, also when resumed
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
+    run = Run(args, METHOD, model, task, optimizer)
+
+    while not run.boundary():  # 1 save, evaluate
+        # 2 roll out: G completions of each prompt
+        ids = draw_prompts(args, len(task.train), run.update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
+        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                       temperature=args.temperature, budget=args.budget)
+        run.rolled_out(roll)
+
+        # 3 reward
+        reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
+        run.lap("reward")
+
+        # 4 advantage, masks, and the ELBOs to compare with under them
+        adv = advantage(reward, args.G)  # (B,)
+        gens = [generator(model.device, args.seed, "masks", run.update, i) for i in ids]
+        scored = antithetic_masks(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
+        x = canvas(roll, scored | ~roll.valid[:, None])[:, None]  # (B, 1, K, P+L): a row's K go together
+        moves = (adv != 0) | (reference is not None)  # (B,) without a KL, advantage 0 cannot move a weight
+        pairs = moves[:, None].nonzero()  # (M, 2): a row and 0
+        elbo_old = roll.logp.new_zeros(len(rows))
+        elbo_ref = torch.zeros_like(elbo_old)
+        with torch.no_grad():
+            for part in micro_batches(pairs, x, args.budget):
+                r = part[:, 0]
+                elbo_old[r] = elbo(model, roll[r], scored[r], args.temperature)
+                if reference:
+                    elbo_ref[r] = elbo(reference, roll[r], scored[r], args.temperature)
+        canvases = scored.shape[0] * scored.shape[1]
+        run.counters["nfe_update_full"] += canvases * ((2 if reference else 1) + args.passes)
+
+        # 5 update
+        infos = []
+        for epoch in range(args.passes):
+            for batch in minibatches(args, pairs, run.update, epoch):
+                info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
+                for part in micro_batches(batch, x, args.budget):
+                    r = part[:, 0]
+                    E, n = elbo(model, roll[r], scored[r], args.temperature), roll.valid[r].sum(1)  # (M,)
+                    loss, was_clipped = sequence_loss(E, elbo_old[r], n, adv[r], args.eps)
+                    if reference:
+                        kl = k2(E, elbo_ref[r])
+                        loss = loss + args.beta * kl
+                        info["kl"] += kl.sum().item() / len(batch)
+                    loss = loss.sum() * args.minibatches / len(rows)  # mean over rows
+                    loss.backward()
+                    info["loss"] += loss.item()
+                    info["clip_frac"] += was_clipped.sum().item() / len(batch)
+                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                infos.append(info)
+
+        # 6 log
+        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
+    return run.finish()
+
+
+METHOD = "espo"
+if __name__ == "__main__":
+    train(parse_args(Args, METHOD, COUNTDOWN, LLM))

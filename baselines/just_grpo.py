@@ -1,0 +1,165 @@
+"""JustGRPO ("The Flexibility Trap", arXiv 2601.15165): GRPO on a diffusion model that writes left to right.
+
+Rollouts reveal one token at a time from left to right, whatever the model is sure of. Then a completion has a
+likelihood, exactly, a product of probabilities each with everything behind the token hidden, and plain GRPO
+applies:
+
+    loss = mean over rows of (1 / L) sum over tokens t of [-min(rho A, clip(rho, 1 -+ eps) A) + beta k3]
+    rho  = p_theta(o_t | q, o_<t, rest hidden) / p_old(...),   A = R - mean R of the group
+
+At theta_old its expectation is the exact policy gradient of that order (tests/test_baselines.py, by
+enumeration). GRPO's own normalisers, the std of the group and the length of each answer, bias it;
+`--grpo_norm` has them. It is `egspo.py --lam 0 --select all` where a step reveals the next token, so it costs
+what EGSPO would with K = L: L canvases a row, less what rows share, which of a prefix is much.
+
+EVALUATION is that of all methods: S steps, most certain first. --S and --block are its settings alone; what
+is learned in one order is used in another, which is the paper's claim ("fully retaining the parallel decoding
+ability"). It is about mathematics and code: for Sudoku its abstract says that free order helps.
+
+Read: the abstracts (arXiv, ICML 2026), the project page, the opening of the repository's README and the
+issue, not the paper's equations and not the code. Our reading: rollouts are the sampler's with blocks of one
+token, so a row ends with its first EOS; the old log-probabilities are those recorded by it.
+Differences: the normalisers; minibatches; full fine-tuning; without a KL, tokens of rows of advantage 0 are
+not evaluated; small-batch defaults for the tiny model.
+
+python baselines/just_grpo.py                    4x4 Sudoku
+python baselines/just_grpo.py --grpo_norm        GRPO's own normalisers
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder, started from anywhere
+
+from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator,  # noqa: E402
+                    micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
+from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
+
+
+@dataclass
+class Args(Flags):
+    prompts: int = 32  # prompts per rollout
+    G: int = 16  # samples per prompt (a group)
+    L: int = 16  # completion length, tokens (LLM: 256)
+    S: int = 8  # denoising steps of an evaluation; a rollout takes L, a token each (LLM: 128)
+    block: int = 16  # tokens per block in an evaluation; 1 in a rollout (LLM: 32)
+    temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    updates: int = 40  # rollouts, each with its optimizer steps
+    grpo_norm: bool = False  # divide by the group's std and by each answer's length, as GRPO does: biased
+    eps: float = 0.2  # clip (paper: not read)
+    beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+    passes: int = 1  # passes over the tokens of a rollout
+    minibatches: int = 4  # optimizer steps per pass, each on whole groups
+    lr: float = 1e-4  # AdamW
+    grad_norm: float = 1.0  # gradient clipping
+
+
+# Where --task countdown starts from, with the tiny model.
+COUNTDOWN = dict(L=8, S=8, block=4)
+
+# Where a model that reads words starts from: EGSPO's settings (JustGRPO's were not read); L forwards a row.
+LLM = dict(
+    prompts=2, G=8, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
+    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, lr=1e-6, grad_norm=0.2)
+
+
+def advantage(reward: Tensor, G: int, grpo_norm: bool) -> Tensor:
+    """R minus the group's mean, in GRPO divided by its std; exactly 0 where a whole group is equal. (B,)."""
+    group = reward.view(-1, G)
+    equal = group.amax(1, keepdim=True) == group.amin(1, keepdim=True)
+    scale = group.std(1, keepdim=True) if grpo_norm else 1.0
+    return ((group - group.mean(1, keepdim=True)) / scale).masked_fill(equal, 0.0).flatten()
+
+
+def token_logp(model: Denoiser, roll: Rollout, t: Tensor, temperature: float) -> Tensor:
+    """log p of token t (M,) of rows `roll`, with it and everything behind it hidden: (M,). One forward."""
+    place = torch.arange(roll.completion.shape[1], device=t.device)
+    x = canvas(roll, place >= t[:, None])
+    return score(model, x, roll.prompt_mask, roll.completion, place == t[:, None], temperature).sum(1)
+
+
+def token_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """PPO-clipped loss of each token and whether the clip took its gradient away. All (M,)."""
+    ratio = (logp - logp_old).exp()  # 1 until the first optimizer step on a rollout
+    gain = torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)  # pessimistic of the two
+    return -gain, gain < ratio * adv  # minimise
+
+
+def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) from the policy's samples, >= 0."""
+    # with the samples fixed, its gradient is that of KL(reference || policy)
+    d = logp_ref - logp
+    return d.exp() - d - 1
+
+
+def train(args: Args) -> float:
+    """One run; returns the held-out accuracy at its end."""
+    if args.eps > 1:
+        refuse("--eps must be at most 1: a ratio is never below 0")
+    # <frozen: setup>
+    model, task = setup(args)
+    if args.eval_only:
+        return evaluate_only(args, model, task)
+    # </frozen>
+    reference = model.frozen() if args.beta else None  # as before training, also when resumed
+    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
+                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
+    run = Run(args, METHOD, model, task, optimizer)
+
+    while not run.boundary():  # 1 save, evaluate
+        # 2 roll out: G completions of each prompt, left to right
+        ids = draw_prompts(args, len(task.train), run.update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
+        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
+        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.L, block=1,
+                       temperature=args.temperature, budget=args.budget)
+        run.rolled_out(roll)
+
+        # 3 reward
+        reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
+        run.lap("reward")
+
+        # 4 advantage
+        adv = advantage(reward, args.G, args.grpo_norm)  # (B,)
+        length = roll.valid.sum(1) if args.grpo_norm else torch.full_like(roll.completion[:, 0], args.L)
+
+        # 5 update: without a KL, a token of a row whose advantage is 0 cannot move a weight
+        behind = torch.ones(args.L, args.L, dtype=torch.bool, device=model.device).triu()  # t and after
+        x = canvas(roll, behind.expand(len(rows), -1, -1))  # (B, L, P+L)
+        moves = (adv != 0) | (reference is not None)  # (B,)
+        pairs = (roll.valid & moves[:, None]).nonzero()  # (M, 2): a row and one of its tokens
+        infos = []
+        for epoch in range(args.passes):
+            run.counters["nfe_update_full"] += roll.valid.sum().item() * (2 if reference else 1)
+            for batch in minibatches(args, pairs, run.update, epoch):
+                info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
+                for part in micro_batches(batch, x, args.budget):
+                    r, t = part.unbind(1)
+                    logp = token_logp(model, roll[r], t, args.temperature)  # (M,)
+                    loss, was_clipped = token_loss(logp, roll.logp[r, t], adv[r], args.eps)
+                    if reference:
+                        with torch.no_grad():
+                            logp_ref = token_logp(reference, roll[r], t, args.temperature)
+                        kl = k3(logp, logp_ref)
+                        loss = loss + args.beta * kl
+                        info["kl"] += kl.sum().item() / len(batch)
+                    loss = (loss / length[r]).sum() * args.minibatches / len(rows)  # mean over rows
+                    loss.backward()
+                    info["loss"] += loss.item()
+                    info["clip_frac"] += was_clipped.sum().item() / len(batch)
+                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                infos.append(info)
+
+        # 6 log
+        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
+    return run.finish()
+
+
+METHOD = "just_grpo"
+if __name__ == "__main__":
+    train(parse_args(Args, METHOD, COUNTDOWN, LLM))

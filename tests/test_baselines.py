@@ -1,0 +1,414 @@
+"""diffu-GRPO, ESPO and JustGRPO: what is exact by enumeration, each loss against slow loops and the tempting
+wrong ones, then whole runs. What every method must do is in test_methods.py and test_tree.py."""
+
+import inspect
+import itertools
+import math
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import ROOT, Tabular, generators, offer, padded_prompts, recording, sharp_model, toy_task
+from test_egspo import as_rollout, enumerate_rollouts, relative_error
+from test_gdsd import gradient
+from test_methods import BASELINES, launch, lines
+from test_wd1 import slow_logits, up_to_eos
+
+import egspo
+import models
+import wd1
+from baselines import diffu_grpo, espo, just_grpo
+from common import denoise
+
+T, EPS, BETA, PASSES, L = 0.7, 0.1, 0.3, 2, 8
+ADVANTAGES = [diffu_grpo.advantage, espo.advantage, lambda r, G: just_grpo.advantage(r, G, False)]
+
+
+def grpo_advantage(reward: torch.Tensor, G: int) -> torch.Tensor:
+    return just_grpo.advantage(reward, G, True)
+
+
+# --------------------------------------------------------------------------------- exact, by enumeration
+
+
+def left_to_right(eos_id: int | None):
+    """Every completion of 3 tokens of a tabular denoiser: the rollout and its probabilities, from the
+    sampler's rules; blocks of one token."""
+    model = Tabular(3, 3, seed=5, eos_id=eos_id)
+    p, completions, steps = zip(*enumerate_rollouts(model, 3, 1, "top_prob", 1), strict=True)
+    return model, as_rollout(model, completions, steps, 3), torch.stack(p)
+
+
+def all_tokens(model, roll) -> torch.Tensor:
+    """token_logp of every valid token: (B, L)."""
+    b, t = roll.valid.nonzero().T
+    out = torch.zeros(roll.completion.shape, dtype=torch.float64)
+    return out.index_put((b, t), just_grpo.token_logp(model, roll[b], t, 1.0))
+
+
+@pytest.mark.parametrize("eos_id", [None, 1])
+def test_just_grpo_sums_to_the_log_likelihood_of_its_order(eos_id):
+    model, roll, p = left_to_right(eos_id)
+    assert len(p) == (27 if eos_id is None else 1 + 2 + 4 + 8) and abs(p.sum().item() - 1) < 1e-12
+    torch.testing.assert_close(all_tokens(model, roll).sum(1), p.log(), atol=1e-12, rtol=0)
+    only_itself = torch.eye(3, dtype=torch.bool)  # all other tokens shown: a pseudo-likelihood
+    shown = [torch.where(hidden, model.mask_id, roll.completion) for hidden in only_itself]
+    at = torch.arange(len(p))
+    logp = torch.stack([model.head(model.body(x, None))[at, i, :3].log_softmax(1)[at, roll.completion[:, i]]
+                        for i, x in enumerate(shown)], 1)
+    assert ((logp * roll.valid).sum(1) - p.log()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("eos_id", [None, 1])
+def test_just_grpo_is_the_policy_gradient(eos_id):
+    """Groups of two, every pair of completions: (G - 1) / G of grad E[R], over L, downhill. The group's std
+    and the answers' lengths bend it."""
+    model, roll, p = left_to_right(eos_id)
+    reward = torch.rand(len(p), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = torch.autograd.grad((p * reward).sum(), model.table, retain_graph=True)[0]
+    pairs = torch.cartesian_prod(*[torch.arange(len(p))] * 2).flatten()
+    weight = p.detach()[pairs].view(-1, 2).prod(1).repeat_interleave(2)[:, None] / 2  # mean over the two rows
+    logp, valid = all_tokens(model, roll), roll.valid
+
+    def found(grpo_norm: bool) -> torch.Tensor:
+        adv = just_grpo.advantage(reward[pairs], 2, grpo_norm)[:, None]
+        length = valid.sum(1, keepdim=True)[pairs] if grpo_norm else 3
+        loss, _ = just_grpo.token_loss(logp[pairs], logp.detach()[pairs], adv, 0.2)
+        total = (weight * loss * valid[pairs] / length).sum()
+        return torch.autograd.grad(total, model.table, retain_graph=True)[0]
+
+    assert relative_error(exact, -3 * 2 * found(False)) < 1e-10
+    bent = -found(True)
+    assert relative_error(exact, bent * (exact * bent).sum() / (bent * bent).sum()) > 0.05
+
+
+def every_order(model, y: list[int]) -> torch.Tensor:
+    """(n!,) log-likelihood of tokens y written in each order, the positions behind them hidden throughout."""
+    found = []
+    for order in itertools.permutations(range(len(y))):
+        state, total = [model.mask_id] * 3, 0.0
+        for i in order:
+            total = total + model.head(model.body(torch.tensor([state]), None))[0, i, :3].log_softmax(0)[y[i]]
+            state[i] = y[i]
+        found.append(total)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("y", [[2, 0, 2], [0, 1], [1]])
+def test_the_expected_elbo_is_exact(y):
+    """Over all masks: the mean over orders of the log-likelihood in that order, a bound of their mixture."""
+    model = Tabular(3, 3, seed=5, eos_id=1)
+    roll = as_rollout(model, [y + [1] * (3 - len(y))], [[0] * 3], 1)
+    assert roll.valid.sum() == len(y)
+    counts = (torch.arange(len(y) + 1) + 0.5) / (len(y) + 1)
+    orders = torch.tensor(list(itertools.permutations([0.1, 0.4, 0.7])))
+    noise = torch.cat([counts.repeat_interleave(6)[:, None], orders.repeat(len(counts), 1)], 1)[:, None]
+    rows = roll[torch.zeros(len(noise), dtype=torch.long)]
+    scored = espo.antithetic_masks(rows.valid, noise)  # every draw once, (draws, 2, 3)
+    found = espo.elbo(model, rows, scored, 1.0)
+    exact = every_order(model, y)
+    torch.testing.assert_close(found.mean(), exact.mean(), atol=1e-12, rtol=0)
+    assert exact.mean() <= exact.logsumexp(0) - math.log(len(exact)) + 1e-12
+    apart = torch.stack([espo.elbo(model, rows, half[:, None], 1.0) for half in scored.unbind(1)])
+    torch.testing.assert_close(apart.mean(1), exact.mean().expand(2), atol=1e-12, rtol=0)  # each half is
+    if len(y) > 1:  # but a pair is less noisy; no weights, or n / l, would give another number
+        assert found.var() < apart.var(1).max()
+        n = scored.sum(2).clamp(min=1)
+        logp = apart.T * n / (len(y) + 1)
+        assert all((w * logp).mean() - exact.mean() > 0.01 for w in (torch.ones(()), len(y) / n))
+
+
+def test_masks_are_complements_of_every_size():
+    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2]).repeat_interleave(7000, 0)
+    noise = torch.rand(14_000, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scored = espo.antithetic_masks(valid, noise)  # (rows, 4, 6)
+    assert torch.equal(scored[:, ::2] ^ scored[:, 1::2], valid[:, None].expand(-1, 2, -1))
+    assert not torch.equal(scored[:, 0], scored[:, 2])
+    for row, n in ((0, 6), (7000, 4)):  # False alarm: 12 shares, |z| > 5, about 1e-5
+        size = torch.bincount(scored[row : row + 7000, 0].sum(1), minlength=n + 1) / 7000
+        assert ((size - 1 / (n + 1)).abs() < 5 * (n / (n + 1) ** 2 / 7000) ** 0.5).all()
+
+
+def test_diffu_grpo_at_ratio_one_has_the_gradient_of_wd1s_likelihood():
+    """With weights -A / |o| for w- - w+: left-padded prompts partly hidden, answers of several lengths."""
+    model = sharp_model(1.0, torch.float64)
+    roll = denoise(model, *padded_prompts(model, 4), generators(), L=L, S=4, block=4)
+    assert roll.valid.sum(1).unique().numel() > 2
+    some = diffu_grpo.hide_tokens(roll.prompt[::4], roll.prompt_mask[::4], 0.5, model.mask_id, generators())
+    x = torch.cat([some.repeat_interleave(4, 0), torch.full((12, L), model.mask_id)], 1)
+    reward = torch.rand(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    adv = diffu_grpo.advantage(reward, 4)
+    n = roll.valid.sum(1)
+    weight = -adv / n
+    before = model.forwards["rows"]
+    logp = diffu_grpo.one_step_logp(model, x, roll, T)
+    assert model.forwards["rows"] - before == 3  # of 12 rows
+    loss, _ = diffu_grpo.token_loss(logp, logp.detach(), adv, 0.2)
+    found = gradient(model.network.parameters(), ((loss * roll.valid).sum(1) / n).sum())
+    one = wd1.one_step_logp(model, x, roll.prompt_mask, roll.completion, T)
+    expected = gradient(model.network.parameters(), (weight * one).sum())
+    assert relative_error(expected, found) < 1e-10
+    other = gradient(model.network.parameters(), (-adv * one).sum())  # tokens of all answers weighed alike
+    assert relative_error(found, other * (found @ other) / (other @ other)) > 0.05
+
+
+# ----------------------------------------------------------------------------------------- by hand
+
+
+def test_what_is_tested_elsewhere_is_the_same_text():
+    for ours, theirs in ((diffu_grpo.hide_tokens, wd1.hide_tokens), (diffu_grpo.k3, egspo.k3),
+                         (just_grpo.k3, egspo.k3)):
+        assert inspect.getsource(ours) == inspect.getsource(theirs)
+
+
+@pytest.mark.parametrize("advantage", [*ADVANTAGES, grpo_advantage])
+def test_equal_rewards_give_exactly_no_advantage(advantage):
+    """Subtracting the mean is not enough: in fp32 the mean of six times 0.9 is not 0.9."""
+    reward = torch.tensor([0.9] * 6 + [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    adv = advantage(reward, 6)
+    assert adv[:6].abs().max() == 0 and (adv[6:] * (reward[6:] - 0.5) > 0).all()
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_advantage_by_hand(advantage):
+    """Neither divided by a std nor against the others alone."""
+    reward = torch.tensor([1.0, 0.0, 2.0, 0.3, 0.0, 0.0])
+    torch.testing.assert_close(advantage(reward, 3), torch.tensor([0.0, -1.0, 1.0, 0.2, -0.1, -0.1]))
+    by_std = torch.tensor([0.0, -1.0, 1.0, *(torch.tensor([0.2, -0.1, -0.1]) / 0.03**0.5)])
+    torch.testing.assert_close(grpo_advantage(reward, 3), by_std)
+
+
+LOSSES = {
+    "diffu_grpo": lambda ratio, adv: diffu_grpo.token_loss(ratio.log()[:, None], torch.zeros(6, 1), adv, 0.3),
+    "espo": lambda ratio, adv: espo.sequence_loss(5 * ratio.log(), torch.zeros(6), torch.tensor(5), adv, 0.3),
+    "just_grpo": lambda ratio, adv: just_grpo.token_loss(ratio.log(), torch.zeros(6), adv, 0.3),
+}
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_clip_by_hand_and_against_its_tempting_wrong_versions(method):
+    """ESPO: five tokens, whose mean log-ratio counts."""
+    ratio = torch.tensor([1.0, 2.0, 0.5, 2.0, 0.5, 1.1])
+    adv = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    #        clip is [0.7, 1.3]:     1 | 1.3 clipped | 0.5 | -2 not clipped | -0.7 clipped | -1.1
+    expected = torch.tensor([-1.0, -1.3, -0.5, 2.0, 0.7, 1.1])
+    loss, was_clipped = (found.flatten() for found in LOSSES[method](ratio, adv))
+    torch.testing.assert_close(loss, expected)
+    assert was_clipped.tolist() == [False, True, False, False, True, False]
+    clipped_only = -ratio.clamp(0.7, 1.3) * adv
+    optimistic = -torch.max(ratio * adv, ratio.clamp(0.7, 1.3) * adv)
+    assert (clipped_only - expected).abs().max() > 0.1 and (optimistic - expected).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------- whole runs
+
+# What each method scores of a row b, in pass k, token by token: (n,). `shown`: what it drew in this update.
+
+
+def token_logps(model, roll, b: int, hidden, prompt=None) -> torch.Tensor:
+    """(n,) log p of each valid token of row b, on a canvas of its own with `hidden` (L,) masked."""
+    shown = roll.completion[b].masked_fill(torch.as_tensor(hidden), model.mask_id)
+    prompt = roll.prompt[b] if prompt is None else prompt
+    logp = (slow_logits(model, prompt, roll.prompt_mask[b], shown) / T).log_softmax(1)
+    return torch.stack([logp[i, roll.completion[b, i]] for i in up_to_eos(roll.completion[b], model.eos_id)])
+
+
+def diffu_values(model, roll, shown, b, k):
+    return token_logps(model, roll, b, [True] * L, shown[k][b // 3])
+
+
+def prompt_shown(model, roll, shown, b, k):
+    return token_logps(model, roll, b, [True] * L)
+
+
+def espo_values(model, roll, shown, b, k, weigh=True):
+    """E of the docstring, token by token."""
+    n, total = int(roll.valid[b].sum()), 0.0
+    for scored in shown[0][b]:
+        hidden = scored | ~roll.valid[b]
+        weight = (n + 1) / max(1, int(scored.sum())) if weigh else 1.0
+        total = total + weight * scored[:n] * token_logps(model, roll, b, hidden) / len(shown[0][b])
+    return total
+
+
+def unweighed(model, roll, shown, b, k):
+    return espo_values(model, roll, shown, b, k, False)
+
+
+def just_values(model, roll, shown, b, k):
+    n = int(roll.valid[b].sum())
+    return torch.stack([token_logps(model, roll, b, [i >= t for i in range(L)])[t] for t in range(n)])
+
+
+def only_itself_hidden(model, roll, shown, b, k):
+    n = int(roll.valid[b].sum())
+    return torch.stack([token_logps(model, roll, b, [i == t or i >= n for i in range(L)])[t]
+                        for t in range(n)])
+
+
+# The loss of a row of values new, old, ref (n,) and advantage A.
+
+
+def clipped(log_ratio, A):
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * A, ratio.clamp(1 - EPS, 1 + EPS) * A)
+
+
+def per_token(new, old, ref, A):
+    return -clipped(new - old, A) + BETA * ((ref - new).exp() - (ref - new) - 1)
+
+
+def token_mean(*values):
+    return per_token(*values).mean()
+
+
+def over_L(*values):
+    return per_token(*values).sum() / L
+
+
+def whole_ratio(new, old, ref, A):
+    return -clipped((new - old).sum(), A) + BETA * ((ref - new).exp() - (ref - new) - 1).mean()
+
+
+def sequence(new, old, ref, A, length=None):
+    ratio = (new - old).sum() / (length or len(new))
+    return -clipped(ratio, A) + BETA * (new - ref).sum() ** 2 / 2
+
+
+def not_normalised(*values):
+    return sequence(*values, length=1)
+
+
+def padded_length(*values):
+    return sequence(*values, length=L)
+
+
+def token_ratios(new, old, ref, A):
+    return -clipped(new - old, A).mean() + BETA * (new - ref).sum() ** 2 / 2
+
+
+def k2_of_the_mean(new, old, ref, A):
+    return sequence(new, old, new.detach(), A) + BETA * (new - ref).mean() ** 2 / 2
+
+
+RIGHT = {"diffu_grpo": (diffu_values, token_mean), "espo": (espo_values, sequence),
+         "just_grpo": (just_values, over_L)}
+WRONG = {
+    "diffu_grpo": [(prompt_shown, token_mean), (diffu_values, over_L), (diffu_values, whole_ratio)],
+    "espo": [(unweighed, sequence), (espo_values, token_ratios), (espo_values, not_normalised),
+             (espo_values, padded_length), (espo_values, k2_of_the_mean)],
+    "just_grpo": [(only_itself_hidden, over_L), (just_values, token_mean), (just_values, whole_ratio)],
+}
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch) -> str:
+    """A model whose rows end early, drawn in fp32: before `exact`."""
+    offer(monkeypatch, "toy", toy_task)
+    monkeypatch.setattr("run.plot", lambda *_: None)
+    models.save_model(sharp_model(1.0), tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+SHAPE = ("--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --eval_threshold 0 "
+         "--eval_every 100 --minibatches 1")
+
+
+@pytest.mark.parametrize("method, own", [
+    ("baselines.diffu_grpo", "--hide_prompt 0.5"), ("baselines.espo", ""), ("baselines.just_grpo", ""),
+    ("baselines.just_grpo", "--grpo_norm")])
+def test_an_update_has_the_gradient_of_the_loss(method, own, saved, exact, tmp_path, monkeypatch):
+    """Two updates of two passes in float64: old, reference and policy are of different networks."""
+    name, module = method.partition(".")[2], import_module(method)
+    right, wrong = RIGHT[name], WRONG[name]
+    if own == "--grpo_norm":
+        right, wrong = (just_values, token_mean), [RIGHT[name]]
+    seen = {function: [] for function in ("denoise", "reward_rows", "hide_tokens", "antithetic_masks")}
+    for function, found in seen.items():
+        if hasattr(module, function):
+            monkeypatch.setattr(module, function, recording(getattr(module, function), found))
+    flags = f"--updates 2 --passes {PASSES} --beta {BETA} --eps {EPS} --lr 1e-2 --budget 100 {own}"
+    launch(method, "--model", saved, "--out", tmp_path / "run", *f"{SHAPE} {flags}".split())
+    assert seen["denoise"][0].valid.sum(1).unique().numel() > 2
+    assert len(seen["hide_tokens"]) == 2 * PASSES * (name == "diffu_grpo")
+    model = models.load_model(saved)
+    start = {k: v.clone() for k, v in model.network.state_dict().items()}
+
+    def values(value, weights, u, k):
+        model.network.load_state_dict(weights)
+        shown = seen["hide_tokens"][PASSES * u : PASSES * (u + 1)] or seen["antithetic_masks"][u : u + 1]
+        return [value(model, seen["denoise"][u], shown, b, k) for b in range(12)]
+
+    updates = [row for row in lines(tmp_path / "run") if "loss" in row]
+    for u in range(2):
+        group = seen["reward_rows"][u][0].view(4, 3)
+        scale = group.std(1, keepdim=True).clamp(min=1e-6) if own == "--grpo_norm" else 1.0
+        adv = ((group - group.mean(1, keepdim=True)) / scale).flatten()
+        for k in range(PASSES):
+            grad, weights = exact[PASSES * u + k]
+            for value, loss in [right, *(wrong if (u, k) == (1, PASSES - 1) else [])]:
+                with torch.no_grad():
+                    ref = values(value, start, u, k)
+                    old = values(value, exact[PASSES * u][1], u, k)
+                rows = zip(values(value, weights, u, k), old, ref, adv, strict=True)
+                total = sum(loss(*row) for row in rows) / 12
+                expected = torch.autograd.grad(total, list(model.network.parameters()), allow_unused=True)
+                error = relative_error(torch.cat([g.flatten() for g in expected if g is not None]), grad)
+                assert error < 1e-9 if (value, loss) == right else error > 1e-3, (value, loss, error)
+    assert updates[1]["kl"] > 0 and updates[1]["clip_frac"] > 0
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_the_gradient_does_not_depend_on_the_budget(method, saved, exact, tmp_path):
+    """A row or canvas per forward, some, or all; half of the groups at a time. lr 0: Adam would blow the
+    rounding up."""
+    found, shape = [], SHAPE.removesuffix(" --minibatches 1")
+    for i, (minibatches, budget) in enumerate([(1, 10_000), (2, 10_000), (2, 1), (2, 120)]):
+        exact.clear()
+        flags = f"--updates 1 --lr 0 --beta 0.1 --passes 1 --minibatches {minibatches} --budget {budget}"
+        launch(method, "--model", saved, "--out", tmp_path / f"run{i}", *f"{shape} {flags}".split())
+        found.append([grad for grad, _ in exact])
+    (whole,), halves, *others = found
+    assert (halves[0] - halves[1]).norm() > 0.1 * whole.norm()
+    assert relative_error(whole, sum(halves) / 2) < 1e-12
+    for other in others:
+        assert all(relative_error(*pair) < 1e-12 for pair in zip(halves, other, strict=True))
+
+
+def test_just_grpo_is_egspo_where_a_step_reveals_the_next_token(saved, exact, tmp_path):
+    """All of its steps kept and no stepwise advantage: the same rollouts, and the same gradients in two
+    passes. But evaluated as every method is."""
+    found = {}
+    for method, own in (("baselines.just_grpo", "--eps 0.1"),
+                        ("egspo", "--lam 0 --select all --S 8 --block 1 --eps_lo 0.1 --eps_hi 0.1")):
+        flags = f"{SHAPE} {own} --updates 1 --passes 2 --beta 0.1 --lr 1e-2"
+        launch(method, "--model", saved, "--out", tmp_path / method, *flags.split())
+        found[method] = [grad for grad, _ in exact], lines(tmp_path / method)
+        exact.clear()
+    (one, ours), (other, theirs) = found.values()
+    assert len(one) == 2 and max(relative_error(*pair) for pair in zip(one, other, strict=True)) < 1e-9
+    same = "reward", "kl", "clip_frac", "nfe_rollout", "nfe_update", "nfe_update_full"
+    assert ours[1]["clip_frac"] > 0 and all(ours[1][k] == pytest.approx(theirs[1][k]) for k in same)
+    launch("wd1", "--model", saved, "--out", tmp_path / "wd1", *f"{SHAPE} --updates 0".split())
+    assert lines(tmp_path / "wd1")[0] == ours[0] != theirs[0]
+
+
+def test_diffu_grpo_takes_one_forward_a_prompt_and_pass(saved, tmp_path):
+    flags = f"{SHAPE} --updates 1 --passes 3 --lr 0".split()
+    launch("baselines.diffu_grpo", "--model", saved, "--out", tmp_path / "run", *flags)
+    update = lines(tmp_path / "run")[1]
+    assert update["equal_groups"] == 0 and update["clip_frac"] == 0  # lr 0: the ratio is 1 in every pass
+    assert update["nfe_update_full"] == 12 * 3 * 2
+    assert 4 * 3 < update["nfe_update"] <= 4 * 3 * 2  # fewer where two passes hide the same
+
+
+def test_a_file_runs_by_itself_from_anywhere(tmp_path):
+    files = [ROOT / f"{method.replace('.', '/')}.py" for method in BASELINES]
+    assert set(files) == set((ROOT / "baselines").glob("*.py"))
+    start = [file.read_text().partition("import sys\n")[2].partition("from common")[0] for file in files]
+    assert len({text.replace(", replace", "") for text in start}) == 1 and "sys.path" in start[0]
+    command = [sys.executable, "-P", str(files[1]), "--resume", "nowhere"]  # -P: not its folder on the path
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    assert "nowhere holds no run to resume" in done.stderr and done.returncode == 2
