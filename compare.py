@@ -31,13 +31,14 @@ from tasks import load
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "results" / "runs.jsonl"
-TASKS = list(TINY)
-MAIN = {
+MAIN = {"sudoku": {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
     "wd1++": "wd1.py --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4 --updates 60",
     "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc", "diffu-GRPO": "baselines/diffu_grpo.py",
     "ESPO": "baselines/espo.py", "JustGRPO": "baselines/just_grpo.py",
-}
+}}
+MAIN["countdown"] = MAIN["sudoku"] | {
+    "wd1++": "wd1.py --plusplus --positive_only --passes 1 --G 16 --minibatches 2 --lr 1e-4 --updates 100"}
 ABLATIONS = {  # each differs from its method's line in MAIN by what is added; Sudoku alone, three seeds
     "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order confidence",
                  "--order random"],
@@ -46,8 +47,8 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; S
     "wd1++": ["--positive_only"],
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
-LONG = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 360" for seed in (1, 2, 3)]
-LONG += [f"{MAIN[method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
+LONG = [f"{MAIN['sudoku']['EGSPO-SA']} --task sudoku --seed {seed} --updates 360" for seed in (1, 2, 3)]
+LONG += [f"{MAIN['sudoku'][method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
          for method, updates in (("EGSPO-SA", 1500), ("RLDF", 1000))]
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",
@@ -74,10 +75,10 @@ def commands(args: Args) -> list[str]:
     found = []
     for seed in range(1, args.seeds + 1):
         if args.study in ("main", "all"):
-            found += [f"{command} --task {task} --seed {seed}" for task in TASKS for command in MAIN.values()
-                      if args.task in (task, "all")]
+            found += [f"{command} --task {task} --seed {seed}" for task in MAIN if args.task in (task, "all")
+                      for command in MAIN[task].values()]
         if args.study in ("ablations", "all") and seed <= 3 and args.task != "countdown":
-            found += [f"{MAIN[method]} {change} --task sudoku --seed {seed}"
+            found += [f"{MAIN['sudoku'][method]} {change} --task sudoku --seed {seed}"
                       for method, changes in ABLATIONS.items() for change in changes]
     if args.study in ("long", "all") and args.task != "countdown":
         found += LONG
@@ -87,7 +88,7 @@ def commands(args: Args) -> list[str]:
 def finished() -> dict[str, dict]:
     """The line of every finished run from today's bases, by its command."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    bases = {base_path(TINY[task].settings).name for task in TASKS}
+    bases = {base_path(TINY[task].settings).name for task in MAIN}
     return {row["command"]: row for row in map(json.loads, lines) if row["base"] in bases}
 
 
@@ -187,7 +188,7 @@ def of(there: dict[str, dict], command: str, task: str) -> list[dict]:
 
 def main_runs(there: dict[str, dict], task: str) -> dict[str, list[dict]]:
     """The finished runs of each method."""
-    return {method: of(there, command, task) for method, command in MAIN.items()}
+    return {method: of(there, command, task) for method, command in MAIN[task].items()}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -195,27 +196,35 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main_table(there: dict[str, dict], task: str) -> str:
-    """The README's: what a method reaches and what it takes."""
-    every = main_runs(there, task)
-    first = next((row for runs in every.values() for row in runs), None)
-    if not first:
-        return "not measured"
-    share, nfe = first["adaptive"][0]
-    start = f"{100 * first['curve'][0][3]:.1f}", f"{100 * share:.1f} ({nfe:.1f})", "", ""
-    cluster, rows = clusters(task), [["the base", *start, PAPER[task]["before"]]]
-    for method, runs in every.items():
-        cells = [""] * 3
-        if runs:
-            share, nfe = np.mean([row["adaptive"][1] for row in runs], 0)
-            made = np.mean([row["nfe_rollout"] + row["nfe_update"] for row in runs]) / 1000
-            full = np.mean([row["curve"][-1][2] for row in runs]) / 1000
-            took = np.median([row["seconds"] for row in runs]) / 60
-            cells = [f"{100 * share:.1f} ({nfe:.1f})", f"{made:.0f} of {full:.0f}", f"{took:.1f}"]
-        name = f"{method}: `python {MAIN[method]}`" if task == TASKS[0] else method
-        rows.append([name, interval(runs, cluster), *cells, PAPER[task].get(method, "–")])
-    return table(["method", "solved, %", "adaptive: % (forwards a row)", "k forwards made, of", "minutes",
-                  "paper"], rows)
+def adaptive(runs: list[dict], when: int) -> str:
+    """Solved by adaptive decoding before (when = 0) or after (1) training, and the forwards a row it took."""
+    share, nfe = np.mean([row["adaptive"][when] for row in runs], 0)
+    return f"{100 * share:.1f} ({nfe:.1f})"
+
+
+def cells(runs: list[dict], cluster: np.ndarray) -> list[str]:
+    """What a method reaches and what it takes: solved, minutes, forwards, adaptive decoding."""
+    if not runs:
+        return ["not measured", "", "", ""]
+    made = np.mean([row["nfe_rollout"] + row["nfe_update"] for row in runs]) / 1000
+    full = np.mean([row["curve"][-1][2] for row in runs]) / 1000
+    minutes = np.median([row["seconds"] for row in runs]) / 60
+    return [interval(runs, cluster), f"{minutes:.1f}", f"{made:.0f} of {full:.0f}", adaptive(runs, 1)]
+
+
+def main_table(there: dict[str, dict]) -> str:
+    """The README's: every method on both tasks, and the papers' claims."""
+    columns = []  # of the first task all four, of the second two
+    for task, kept in zip(MAIN, (4, 2), strict=True):
+        every, cluster = main_runs(there, task), clusters(task)
+        first = sum(every.values(), [])[:1]
+        base = [f"{100 * first[0]['curve'][0][3]:.1f}", "", "", adaptive(first, 0)] if first else [""] * 4
+        columns.append([base[:kept], *[cells(runs, cluster)[:kept] for runs in every.values()]])
+    names = ["the base", *MAIN["sudoku"]]
+    claims = [[PAPER[task].get(name, "–") for task in MAIN] for name in ("before", *MAIN["sudoku"])]
+    rows = [[name, *sum(parts, [])] for name, *parts in zip(names, *columns, claims, strict=True)]
+    return table(["method", "Sudoku, %", "minutes", "k forwards made, of", "adaptive: % (forwards a row)",
+                  "Countdown, %", "minutes", "paper: S", "C"], rows)
 
 
 def budget_table(there: dict[str, dict], task: str) -> str:
@@ -226,24 +235,26 @@ def budget_table(there: dict[str, dict], task: str) -> str:
     least = [min(row["curve"][-1][column] for found in runs.values() for row in found) for column in (2, 1)]
     rows = []
     for method, found in runs.items():
-        cells = [method, ", ".join(f"{100 * row['curve'][-1][3]:.1f}" for row in found)]
+        solved = ", ".join(f"{100 * row['curve'][-1][3]:.1f}" for row in found)
+        row = [f"{method}: `{MAIN[task][method]}`", solved, adaptive(found, 1)]
         for column, budget in zip((2, 1), least, strict=True):
             curves = [np.array(row["curve"])[:, (column, 3)].T for row in found]
             share = np.mean([np.interp(budget, *curve) for curve in curves])
             costs = [np.interp(0.5, *curve[::-1]) for curve in curves if curve[1].max() >= 0.5]
             cost = f"{np.mean(costs) / (1000 if column == 2 else 1):.0f}" if len(costs) == len(found) else "–"
-            cells += [f"{100 * share:.1f}", cost]
-        rows.append(cells)
-    return table(["method", "seeds 1, 2, ...: solved, %", f"after {least[0] / 1000:.0f}k forwards",
-                  "k forwards to 50 %", f"after {least[1]:.0f} s", "seconds to 50 %"], rows)
+            row += [f"{100 * share:.1f}", cost]
+        rows.append(row)
+    return table(["method", "seeds 1, 2, ...: solved, %", "adaptive: % (forwards a row)",
+                  f"after {least[0] / 1000:.0f}k forwards", "k forwards to 50 %", f"after {least[1]:.0f} s",
+                  "seconds to 50 %"], rows)
 
 
 def ablation_table(there: dict[str, dict]) -> str:
     cluster, rows = clusters("sudoku"), []
     for method, change in [(m, c) for m, changes in ABLATIONS.items() for c in ["", *changes]]:
-        runs = of(there, f"{MAIN[method]} {change}".strip(), "sudoku")[:3]
-        adaptive = f"{100 * np.mean([row['adaptive'][1][0] for row in runs]):.1f}" if runs else ""
-        rows.append([method, f"`{change}`" if change else "default", interval(runs, cluster), adaptive])
+        runs = of(there, f"{MAIN['sudoku'][method]} {change}".strip(), "sudoku")[:3]
+        rows.append([method, f"`{change}`" if change else "default", interval(runs, cluster),
+                     adaptive(runs, 1) if runs else ""])
     return table(["method", "change", "solved, %", "adaptive, %"], rows)
 
 
@@ -263,10 +274,8 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def tables(there: dict[str, dict]) -> dict[str, str]:
     """Every generated text, by the name in its marks."""
-    made = {"ablations": ablation_table(there), "long": long_table(there)}
-    for task in TASKS:
-        made |= {f"main {task}": main_table(there, task), f"budget {task}": budget_table(there, task)}
-    return made
+    made = {"main": main_table(there), "ablations": ablation_table(there), "long": long_table(there)}
+    return made | {f"budget {task}": budget_table(there, task) for task in MAIN}
 
 
 def report():
@@ -275,7 +284,7 @@ def report():
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         file.write_text(fill(file.read_text(), made))
     curves = {task: {method: np.array([row["curve"] for row in runs])
-                     for method, runs in main_runs(there, task).items()} for task in TASKS}
+                     for method, runs in main_runs(there, task).items()} for task in MAIN}
     plot_methods(curves, ROOT / "results" / "methods.png")
 
 
