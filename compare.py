@@ -31,14 +31,12 @@ from tasks import load
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "results" / "runs.jsonl"
-MAIN = {"sudoku": {
+MAIN = {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
     "wd1++": "wd1.py --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4 --updates 60",
     "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc", "diffu-GRPO": "baselines/diffu_grpo.py",
     "ESPO": "baselines/espo.py", "JustGRPO": "baselines/just_grpo.py",
-}}
-MAIN["countdown"] = MAIN["sudoku"] | {
-    "wd1++": "wd1.py --plusplus --positive_only --passes 1 --G 16 --minibatches 2 --lr 1e-4 --updates 100"}
+}
 ABLATIONS = {  # each differs from its method's line in MAIN by what is added; Sudoku alone, three seeds
     "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order confidence",
                  "--order random"],
@@ -47,8 +45,8 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; S
     "wd1++": ["--positive_only"],
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
-LONG = [f"{MAIN['sudoku']['EGSPO-SA']} --task sudoku --seed {seed} --updates 360" for seed in (1, 2, 3)]
-LONG += [f"{MAIN['sudoku'][method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
+LONG = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 360" for seed in (1, 2, 3)]
+LONG += [f"{MAIN[method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
          for method, updates in (("EGSPO-SA", 1500), ("RLDF", 1000))]
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",
@@ -75,10 +73,10 @@ def commands(args: Args) -> list[str]:
     found = []
     for seed in range(1, args.seeds + 1):
         if args.study in ("main", "all"):
-            found += [f"{command} --task {task} --seed {seed}" for task in MAIN if args.task in (task, "all")
-                      for command in MAIN[task].values()]
+            found += [f"{command} --task {task} --seed {seed}" for task in TINY if args.task in (task, "all")
+                      for command in MAIN.values()]
         if args.study in ("ablations", "all") and seed <= 3 and args.task != "countdown":
-            found += [f"{MAIN['sudoku'][method]} {change} --task sudoku --seed {seed}"
+            found += [f"{MAIN[method]} {change} --task sudoku --seed {seed}"
                       for method, changes in ABLATIONS.items() for change in changes]
     if args.study in ("long", "all") and args.task != "countdown":
         found += LONG
@@ -88,7 +86,7 @@ def commands(args: Args) -> list[str]:
 def finished() -> dict[str, dict]:
     """The line of every finished run from today's bases, by its command."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    bases = {base_path(TINY[task].settings).name for task in MAIN}
+    bases = {base_path(TINY[task].settings).name for task in TINY}
     return {row["command"]: row for row in map(json.loads, lines) if row["base"] in bases}
 
 
@@ -188,7 +186,7 @@ def of(there: dict[str, dict], command: str, task: str) -> list[dict]:
 
 def main_runs(there: dict[str, dict], task: str) -> dict[str, list[dict]]:
     """The finished runs of each method."""
-    return {method: of(there, command, task) for method, command in MAIN[task].items()}
+    return {method: of(there, command, task) for method, command in MAIN.items()}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -215,13 +213,13 @@ def cells(runs: list[dict], cluster: np.ndarray) -> list[str]:
 def main_table(there: dict[str, dict]) -> str:
     """The README's: every method on both tasks, and the papers' claims."""
     columns = []  # of the first task all four, of the second two
-    for task, kept in zip(MAIN, (4, 2), strict=True):
+    for task, kept in zip(TINY, (4, 2), strict=True):
         every, cluster = main_runs(there, task), clusters(task)
         first = sum(every.values(), [])[:1]
         base = [f"{100 * first[0]['curve'][0][3]:.1f}", "", "", adaptive(first, 0)] if first else [""] * 4
         columns.append([base[:kept], *[cells(runs, cluster)[:kept] for runs in every.values()]])
-    names = ["the base", *MAIN["sudoku"]]
-    claims = [[PAPER[task].get(name, "–") for task in MAIN] for name in ("before", *MAIN["sudoku"])]
+    names = ["the base", *MAIN]
+    claims = [[PAPER[task].get(name, "–") for task in TINY] for name in ("before", *MAIN)]
     rows = [[name, *sum(parts, [])] for name, *parts in zip(names, *columns, claims, strict=True)]
     return table(["method", "Sudoku, %", "minutes", "k forwards made, of", "adaptive: % (forwards a row)",
                   "Countdown, %", "minutes", "paper: S", "C"], rows)
@@ -236,7 +234,7 @@ def budget_table(there: dict[str, dict], task: str) -> str:
     rows = []
     for method, found in runs.items():
         solved = ", ".join(f"{100 * row['curve'][-1][3]:.1f}" for row in found)
-        row = [f"{method}: `{MAIN[task][method]}`", solved, adaptive(found, 1)]
+        row = [f"{method}: `{MAIN[method]}`", solved, adaptive(found, 1)]
         for column, budget in zip((2, 1), least, strict=True):
             curves = [np.array(row["curve"])[:, (column, 3)].T for row in found]
             share = np.mean([np.interp(budget, *curve) for curve in curves])
@@ -252,7 +250,7 @@ def budget_table(there: dict[str, dict], task: str) -> str:
 def ablation_table(there: dict[str, dict]) -> str:
     cluster, rows = clusters("sudoku"), []
     for method, change in [(m, c) for m, changes in ABLATIONS.items() for c in ["", *changes]]:
-        runs = of(there, f"{MAIN['sudoku'][method]} {change}".strip(), "sudoku")[:3]
+        runs = of(there, f"{MAIN[method]} {change}".strip(), "sudoku")[:3]
         rows.append([method, f"`{change}`" if change else "default", interval(runs, cluster),
                      adaptive(runs, 1) if runs else ""])
     return table(["method", "change", "solved, %", "adaptive, %"], rows)
@@ -275,7 +273,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def tables(there: dict[str, dict]) -> dict[str, str]:
     """Every generated text, by the name in its marks."""
     made = {"main": main_table(there), "ablations": ablation_table(there), "long": long_table(there)}
-    return made | {f"budget {task}": budget_table(there, task) for task in MAIN}
+    return made | {f"budget {task}": budget_table(there, task) for task in TINY}
 
 
 def report():
@@ -284,7 +282,7 @@ def report():
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         file.write_text(fill(file.read_text(), made))
     curves = {task: {method: np.array([row["curve"] for row in runs])
-                     for method, runs in main_runs(there, task).items()} for task in MAIN}
+                     for method, runs in main_runs(there, task).items()} for task in TINY}
     plot_methods(curves, ROOT / "results" / "methods.png")
 
 

@@ -59,7 +59,7 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4)
+COUNTDOWN = dict(L=8, S=4, block=4, updates=100)
 
 # Where a model that reads words starts from: EGSPO's settings (JustGRPO's were not read); L forwards a row.
 LLM = dict(

@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "egspo.py").write_text(STUB)
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "RUNS", tmp_path / "runs.jsonl")
-    monkeypatch.setattr(compare, "MAIN", {"sudoku": {"EGSPO": "egspo.py --lam 0"}})
+    monkeypatch.setattr(compare, "MAIN", {"EGSPO": "egspo.py --lam 0"})
     return tmp_path
 
 
