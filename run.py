@@ -88,7 +88,7 @@ def saved_args(Args: type, method: str, folder: Path):
         saved = json.loads(file.read_text())
         made_by = saved.pop("method")
         saved.pop("commit")
-        args = Args(**saved | {"resume": str(folder)})
+        args = Args(**saved | {"resume": str(folder), "shard": False})  # the processes now may be others
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"{file} cannot be read: {one_line(error)}")
     if made_by != method:

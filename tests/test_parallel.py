@@ -25,7 +25,7 @@ from common import micro_batches, score
 
 # 5 groups of 3 rows and 7 held-out rows: neither two nor three divide them. Padding, EOS, two blocks.
 SMALL = ("--task toy --prompts 5 --G 3 --L 8 --S 4 --block 4 --updates 3 --budget 200 --minibatches 1 "
-         "--eval_every 3 --save_every 1 --lr 1e-3").split()
+         "--eval_every 3 --save_every 1 --lr 2e-4").split()
 CASES = {
     "egspo": ("modernbert", "--beta 0.1 --K 2 --passes 2 --minibatches 5"),  # a group an optimizer step
     "rldf": ("modernbert", "--K 2 --threshold 0.5 --passes 2"),  # adaptive; tied embeddings, no reference
@@ -101,9 +101,9 @@ def test_many_processes_are_one(count, mode, method, done):
     same_run(alone, done / f"{mode}-{method}-{count}")
     metrics = complete_lines(alone / "metrics.jsonl")
     assert max(row.get("grad_norm", 0) for row in metrics) > 0.1
-    start = load_file(done / CASES[method][0] / "model.safetensors")
-    assert any((load_file(alone / "model" / "model.safetensors")[k] - v).abs().max() > 1e-3
-               for k, v in start.items() if k in load_file(alone / "model" / "model.safetensors"))
+    folders = done / CASES[method][0], alone / "model"
+    start, end = (load_file(folder / "model.safetensors") for folder in folders)
+    assert any((end[name] - start[name]).abs().max() > 2e-4 for name in end.keys() & start.keys())
 
 
 @pytest.mark.parametrize("mode, method", [("averaged", "egspo"), ("own scores", "gdsd")])
