@@ -99,10 +99,6 @@ class Denoiser:
     def body(self, x: Tensor, attn: Tensor | None) -> Tensor:
         """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""
         self.forwards["rows"] += len(x)
-        if len(x) == 0:  # nothing to do, while other ranks have: one token keeps sharded weights in step
-            h = self.body(x.new_zeros(1, 1), None)
-            self.forwards["rows"] -= 1
-            return h[:0].expand(*x.shape, -1)
         positions = None
         if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
             positions = (attn.cumsum(1) - 1).clamp(min=0)
@@ -142,8 +138,12 @@ class Rollout:
     nfe_full: int  # the same, had every row been evaluated: the papers' count
 
     def __getitem__(self, rows) -> "Rollout":
+        return self.each(lambda tensor: tensor[rows])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
+        """With every tensor changed."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Rollout(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in fields.items()})
+        return Rollout(**{k: change(v) if isinstance(v, Tensor) else v for k, v in fields.items()})
 
     @staticmethod
     def join(parts: list["Rollout"]) -> "Rollout":
@@ -154,10 +154,6 @@ class Rollout:
             fields[f.name] = torch.cat(values) if isinstance(values[0], Tensor) else values[0]
         counts = {name: sum(getattr(part, name) for part in parts) for name in ("nfe", "nfe_full")}
         return Rollout(**fields | counts)
-
-    def to(self, device: torch.device | str) -> "Rollout":
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Rollout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()})
 
 
 def trim(x: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,8 +224,8 @@ def denoise(
         mine = parallel.share(B // G)
         todo = mine or range(1)  # fewer groups than ranks: keep the others company with the first
         with parallel.rollout(model):
-            bar = tqdm(todo[::each], desc="denoising", unit="part", leave=False, disable=each >= len(todo))
-            for g in bar:
+            one = each >= len(todo)
+            for g in tqdm(todo[::each], desc="denoising", unit="part", leave=False, disable=one):
                 groups = slice(g, min(g + each, todo.stop))
                 part = slice(groups.start * G, groups.stop * G)
                 parts.append(denoise(
@@ -237,8 +233,8 @@ def denoise(
                     temperature=temperature, order=order, threshold=threshold, guess=guess))
         if parallel.world() == 1:
             return Rollout.join(parts)
-        shares = parallel.joined([Rollout.join(parts).to("cpu")] if mine else [])
-        return Rollout.join(shares).to(prompt.device)
+        shares = parallel.joined([Rollout.join(parts).each(Tensor.cpu)] if mine else [])
+        return Rollout.join(shares).each(lambda tensor: tensor.to(prompt.device))
     n, T = L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
     S = L if threshold else S
     shown, shown_mask = trim(prompt, prompt_mask)  # what the network sees of the prompt

@@ -21,7 +21,6 @@ from functools import partial, partialmethod
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 
@@ -31,7 +30,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def on_this_machine() -> int:
@@ -115,7 +114,7 @@ def clip(network: torch.nn.Module, max_norm: float) -> float:
         for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
             work.wait()
     norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     torch.nn.utils.clip_grads_with_norm_(network.parameters(), max_norm, norm)
     return norm.item()
 
@@ -156,11 +155,14 @@ def forward(network: torch.nn.Module, x: Tensor, attn: Tensor | None, positions:
     return network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
 
 
-def body(network: torch.nn.Module, *inputs) -> Tensor:
-    """The last hidden states (B, T, d) of a transformers model, its head left out."""
+def body(network: torch.nn.Module, x: Tensor, *inputs) -> Tensor:
+    """The last hidden states (B, T, d) of a transformers model for x (B, T), its head left out."""
     if getattr(network, "in_step", False):
         summed(1)  # tells those who are through that one more forward comes
-    return getattr(network, "gathered_forward", partial(forward, network))(*inputs)
+    call = getattr(network, "gathered_forward", partial(forward, network))
+    if len(x) == 0:  # a rank without canvases goes along, and its weights get gradients of 0
+        return call(x.new_zeros(1, 1), None, None)[:0].expand(*x.shape, -1)
+    return call(x, *inputs)
 
 
 @torch.no_grad()
@@ -196,7 +198,7 @@ def rollout(model) -> Iterator[None]:
 
 def whole(value):
     """A sharded tensor gathered on the CPU of rank 0 (None elsewhere); all else as it is."""
-    if not isinstance(value, DTensor):
+    if not hasattr(value, "full_tensor"):
         return value
     full = value.detach().full_tensor()
     return None if rank() else full.cpu()
@@ -220,6 +222,8 @@ def moments(optimizer: torch.optim.Optimizer) -> dict:
 
 def like(value: Tensor, there) -> Tensor:
     """A whole tensor in the shards of `there`, if it has any; each rank takes its own."""
-    if not isinstance(there, DTensor):
+    if not hasattr(there, "full_tensor"):
         return value
+    from torch.distributed.tensor import distribute_tensor  # not above: it takes its time
+
     return distribute_tensor(value.to(there.device), there.device_mesh, there.placements, src_data_rank=None)

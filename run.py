@@ -173,7 +173,8 @@ def setup(args) -> tuple[Denoiser, Task]:
     model = load_model(name, "cpu" if sharded else device, args.revision, args.mask_id,
                        args.gradient_checkpointing)
     if sharded:
-        model.twin = copy.deepcopy(model.network) if vars(args).get("beta", 0) > 0 else None
+        needed = vars(args).get("beta", 0) > 0 and not args.eval_only
+        model.twin = copy.deepcopy(model.network) if needed else None
         for network in filter(None, (model.network, model.twin)):
             parallel.shard(network, device, keep_whole)
     return model, load_task(args, model)
@@ -391,6 +392,7 @@ class Run:
         if ending:
             self.keep()
         if self.interrupted:
+            self.summed(0)  # wait for rank 0 to have written: torchrun ends it once another one has left
             self.close()
             print(f"stopped after {self.update} updates; go on: python {sys.argv[0]} --resume {self.out}")
             raise SystemExit(130)
@@ -490,7 +492,7 @@ class Run:
 
         self.lap("update")
         self.update += 1
-        self.counters["nfe_update"] += self.summed(self.model.forwards["rows"] - self.before_update)
+        self.counters["nfe_update"] += int(self.summed(self.model.forwards["rows"] - self.before_update))
         self.counters["seconds"] = time.perf_counter() - self.started
         infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]  # nothing could move a weight
         means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
