@@ -35,13 +35,15 @@ CASES = {
 NODES = {2: ["replicated", "whole"], 3: ["replicated", "in step"]}
 
 
+def command(jobs: list, count: int) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return [sys.executable, *(torchrun if count else []), str(ROOT / "tests" / "ranks.py"), json.dumps(jobs)]
+
+
 def ranks(jobs: list, count: int = 0):
     """Run jobs in so many processes; 0: in one, without torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count)] if count else []
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "ranks.py"), json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command(jobs, count), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,7 @@ def done(tmp_path_factory) -> Path:
         for count, modes in NODES.items():
             by_count.setdefault(count, []).extend(
                 (mode, method, [*argv, "--out", str(out / f"{mode}-{method}-{count}")]) for mode in modes)
-    wrong = {"averaged": "egspo", "own scores": "gdsd"}
-    for mode, method in wrong.items():
+    for mode, method in (("averaged", "egspo"), ("own scores", "gdsd"), ("not finite", "wd1")):
         by_count[2] += [(mode, method, [*alone[list(CASES).index(method)][2][:-1], str(out / f"{mode}-2")])]
     half = [*alone[0][2][:-2], "--updates", "2"]  # EGSPO, to be resumed by one process and by three
     ranks([*alone, ("alone", "egspo", [*half, "--out", str(out / "half-1")])])
@@ -112,6 +113,12 @@ def test_averages_and_unshared_scores_are_told_apart(mode, method, done):
         same_run(done / f"alone-{method}-1", done / f"{mode}-2")
 
 
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(done):
+    """Had one of them made the step or not logged it, they would not be at the same collective any more."""
+    all_made, one_less = (lines(done / name)[-2] for name in ("alone-wd1-1", "not finite-2"))
+    assert one_less["skipped"] == 1 and one_less["optimizer_steps"] == all_made["optimizer_steps"] - 1
+
+
 @pytest.mark.parametrize("resumed", ["two-one", "two-three", "one-three"])
 def test_a_checkpoint_does_not_depend_on_the_number_of_processes(resumed, done):
     same_run(done / "alone-egspo-1", done / resumed)
@@ -121,15 +128,15 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_processes(resumed, done):
 
 
 @pytest.fixture
-def running(done, tmp_path):
+def running(tmp_path):
     """EGSPO in two processes, without end, and the ids of the two; its run folder."""
     out = tmp_path / "run"
-    argv = ["--model", str(done / "modernbert"), *SMALL, "--updates", "5000", "--eval_every", "5000",
+    models.save_model(sharp_model(eos=2.0), tmp_path / "modernbert")
+    argv = ["--model", str(tmp_path / "modernbert"), *SMALL, "--updates", "5000", "--eval_every", "5000",
             "--out", str(out)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               str(ROOT / "tests" / "ranks.py"), json.dumps([("replicated", "egspo", argv)])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_update(out, 2, process)
+    process = subprocess.Popen(command([("replicated", "egspo", argv)], 2), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    wait_for_update(out, 2, process, seconds=300)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     yield process, [int(pid) for pid in children], out
     process.kill()
