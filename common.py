@@ -29,7 +29,6 @@ import hashlib
 import itertools
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +39,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import parallel
+from parallel import refuse as refuse  # all but parallel.py import it from here
+
 LOGITS = 2**26  # most logits made at once while scoring: 256 MiB in fp32
-
-
-def refuse(message: str):
-    """Wrong input: one line that says what is allowed, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def one_line(error: Exception) -> str:
@@ -76,10 +72,14 @@ class Denoiser:
     end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
     shift: bool  # True (Dream): the prediction for position i sits at position i - 1
     forwards: Counter = dataclasses.field(default_factory=Counter)  # "rows" so far, of frozen copies too
+    twin: torch.nn.Module | None = None  # of a sharded network, in the same shards, where one will be needed
 
     def frozen(self) -> "Denoiser":
         """A copy of the network as it is now, to compare with."""
-        return dataclasses.replace(self, network=copy.deepcopy(self.network))
+        if self.twin is None:
+            return dataclasses.replace(self, network=copy.deepcopy(self.network))
+        self.twin.load_state_dict(self.network.state_dict())  # FSDP2 copies no module
+        return dataclasses.replace(self, network=self.twin, twin=None)
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +103,7 @@ class Denoiser:
         if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
             positions = (attn.cumsum(1) - 1).clamp(min=0)
         with self.autocast():
-            h = self.network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
+            h = parallel.body(self.network, x, attn, positions)
         return torch.cat([h[:, :1], h[:, :-1]], 1) if self.shift else h
 
     def head(self, h: Tensor) -> Tensor:
@@ -138,8 +138,12 @@ class Rollout:
     nfe_full: int  # the same, had every row been evaluated: the papers' count
 
     def __getitem__(self, rows) -> "Rollout":
+        return self.each(lambda tensor: tensor[rows])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
+        """With every tensor changed."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Rollout(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in fields.items()})
+        return Rollout(**{k: change(v) if isinstance(v, Tensor) else v for k, v in fields.items()})
 
     @staticmethod
     def join(parts: list["Rollout"]) -> "Rollout":
@@ -210,19 +214,27 @@ def denoise(
         order that has a probability.
     guess: also keep the greedy one-step completion of the state before each step (no extra forward).
     budget: most tokens in one forward; more rows are denoised in parts, each of at least one whole group.
+        The ranks share the groups. Without a budget all is denoised here and at once.
     """
     assert order in ("confidence", "top_prob", "random"), order
     assert not (threshold and order == "random"), "a random order has no probability to compare"
     B, G = len(prompt), len(prompt) // (len(gens) or len(prompt))
-    each = max(1, budget // (G * (prompt.shape[1] + L))) if budget else B  # groups in a part
-    if each * G < B:
-        parts = []
-        for g in tqdm(range(0, B // G, each), desc="denoising", unit="part", leave=False):
-            part = slice(g * G, (g + each) * G)
-            parts.append(denoise(
-                model, prompt[part], prompt_mask[part], gens[g : g + each], L=L, S=S, block=block,
-                temperature=temperature, order=order, threshold=threshold, guess=guess))
-        return Rollout.join(parts)
+    if budget:
+        each, parts = max(1, budget // (G * (prompt.shape[1] + L))), []  # groups in a part
+        mine = parallel.share(B // G)
+        todo = mine or range(1)  # fewer groups than ranks: keep the others company with the first
+        with parallel.rollout(model):
+            one = each >= len(todo)
+            for g in tqdm(todo[::each], desc="denoising", unit="part", leave=False, disable=one):
+                groups = slice(g, min(g + each, todo.stop))
+                part = slice(groups.start * G, groups.stop * G)
+                parts.append(denoise(
+                    model, prompt[part], prompt_mask[part], gens[groups], L=L, S=S, block=block,
+                    temperature=temperature, order=order, threshold=threshold, guess=guess))
+        if parallel.world() == 1:
+            return Rollout.join(parts)
+        shares = parallel.joined([Rollout.join(parts).each(Tensor.cpu)] if mine else [])
+        return Rollout.join(shares).each(lambda tensor: tensor.to(prompt.device))
     n, T = L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
     S = L if threshold else S
     shown, shown_mask = trim(prompt, prompt_mask)  # what the network sees of the prompt
@@ -349,18 +361,20 @@ def score(
 
 
 def micro_batches(pairs: Tensor, x: Tensor, budget: int) -> Iterator[Tensor]:
-    """Split `pairs` (M, 2), a row and one of its canvases x (B, K, ...), so that one forward holds at most
-    `budget` tokens, and at least one canvas. Equal canvases stay together, and count once.
+    """This rank's share of `pairs` (M, 2), a row and one of its canvases x (B, K, ...), split so that one
+    forward holds at most `budget` tokens, and at least one canvas. Equal canvases stay together, count once.
 
     The method calls backward on each part's share of a loss whose normaliser was counted over the whole
-    batch, so the gradient does not depend on the budget."""
+    batch, so the gradient depends neither on the budget nor on the ranks, which sum theirs. All ranks get
+    the same number of parts, some perhaps of no pair: a loss of 0, whose backward goes along."""
     if len(pairs) == 0:
         return
     canvases = x[pairs[:, 0], pairs[:, 1]].flatten(1)  # (M, tokens)
     first, node = distinct(canvases)
-    size = max(1, budget // canvases.shape[1])
-    for start in range(0, len(first), size):
-        yield pairs[(start <= node) & (node < start + size)]
+    size, mine = max(1, budget // canvases.shape[1]), parallel.share(len(first))
+    for i in range(0, -(-len(first) // parallel.world()), size):
+        part = mine[i : i + size]
+        yield pairs[(part.start <= node) & (node < part.stop)]
 
 
 def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
@@ -428,11 +442,13 @@ def reward_rows(
     valid = until_eos(tokens, model.end_ids).tolist()
     ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    mine = [(texts[i], rows[i]) for i in parallel.share(len(rows))]
     if task.parallel:  # the reward waits for other processes
-        with ThreadPoolExecutor(4 * os.cpu_count()) as pool:
-            scored = list(pool.map(task.reward, texts, rows))
+        with ThreadPoolExecutor(max(1, 4 * os.cpu_count() // parallel.on_this_machine())) as pool:
+            scored = list(pool.map(lambda pair: task.reward(*pair), mine))
     else:
-        scored = [task.reward(text, row) for text, row in zip(texts, rows, strict=True)]
+        scored = [task.reward(*pair) for pair in mine]
+    scored = parallel.joined(scored)
     parts = {k: torch.tensor([p[k] for _, p in scored]) for k in scored[0][1]}
     return torch.tensor([total for total, _ in scored], device=tokens.device), parts, texts
 

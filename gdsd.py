@@ -159,11 +159,13 @@ def train(args: Args) -> float:
                 c_old[r, j] = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
                 if reference:
                     c_ref[r, j] = pair_score(reference, roll[r], hidden[r, j], args.match, args.temperature)
+        c_old, c_ref = run.summed(c_old), run.summed(c_ref)  # over the GPUs, if there are several
         run.counters["nfe_update_full"] += 2 * len(pairs) * ((2 if reference else 1) + args.passes)
 
         # 5 update
-        infos, c_new = [], torch.zeros_like(c_old)
+        infos = []
         for epoch in range(args.passes):
+            c_new = torch.zeros_like(c_old)
             for batch in minibatches(args, pairs, run.update, epoch):
                 total = 0.0
                 for part in micro_batches(batch, x, args.budget):
@@ -174,10 +176,11 @@ def train(args: Args) -> float:
                     loss = loss.sum() / len(batch)  # mean over rows and mask pairs
                     loss.backward()
                     total += loss.item()
+                total = run.summed(total)
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
         # 6 log: how far c is from c_old, as the last pass found it before its own steps, against its target
-        move, target = c_new - c_old, args.psi * adv
+        move, target = run.summed(c_new) - c_old, args.psi * adv
         drift = move.nanmean().item()  # targets average to zero
         run.counters["drift"] = run.counters.get("drift", 0.0) + (drift if math.isfinite(drift) else 0.0)
         if abs(run.counters["drift"]) > DRIFT:

@@ -23,6 +23,7 @@ import platform
 import re
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Moder
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+import parallel
 from common import LOGITS, Denoiser, chat_prompt, one_line, refuse
 
 transformers_logging.disable_progress_bar()  # one bar at a time: ours
@@ -248,11 +250,13 @@ def is_bidirectional(model: Denoiser) -> bool:
     return not torch.equal(*z[:, 0])
 
 
-def save_model(model: Denoiser, folder: Path):
-    """Write a transformers folder that load_model reads; only a complete new one replaces an old one."""
+def save_model(model: Denoiser, folder: Path, weights: dict | None = None):
+    """Write a transformers folder that load_model reads; only a complete new one replaces an old one.
+    weights: of a sharded network, gathered."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
-    model.network.save_pretrained(fresh, save_original_format=False)  # else LLaDA's names, a Llama config
+    model.network.save_pretrained(
+        fresh, state_dict=weights, save_original_format=False)  # else LLaDA's names, a Llama config
     model.tokenizer.save_pretrained(fresh)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
@@ -266,15 +270,20 @@ def save_model(model: Denoiser, folder: Path):
 
 def predict_memory(
     config: PreTrainedConfig, *, L: int, block: int, G: int, budget: int,
-    gradient_checkpointing: bool, reference: bool, train: bool, bf16: bool,
+    gradient_checkpointing: bool, reference: bool, train: bool, bf16: bool, ranks: int = 0,
 ) -> dict[str, float]:
-    """Upper estimate of the peak, in GiB by part, from arithmetic alone: nothing is loaded.
+    """Upper estimate of the peak of a device, in GiB by part, from arithmetic alone: nothing is loaded.
 
     Weights, gradients and Adam's two moments are fp32 (16 bytes per parameter). Activations: what one
     micro-batch of `budget` tokens keeps for backward, measured with saved_tensors_hooks: at most
     16 d + 8 f + 13 (q + 2 kv) bytes per token and layer in bf16 autocast, and the bf16 copies of the layers'
     weights; with gradient checkpointing one layer of that, and the fp32 input of each. Logits: the larger of
-    a scored chunk with the head's gradient, and of a rollout's block in float64."""
+    a scored chunk with the head's gradient, and of a rollout's block in float64.
+
+    ranks: weights, gradients, moments and reference are sharded over so many. Gathered are then, in fp32,
+    what is not in layers, with its gradient and the reference's, and two layers with their gradients (whose
+    weights nothing keeps for backward). "layers" are those of a rollout that has all gathered; it has no
+    gradients, so this is beside the sum."""
     with torch.device("meta"):
         network = STOCK[config.model_type][0](config)
     d, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
@@ -286,7 +295,8 @@ def predict_memory(
     if config.tie_word_embeddings and config.model_type != "modernbert":
         N += V * d  # a hub file may hold both and untie them
     per_token = 16 * d + 8 * config.intermediate_size + 13 * (heads * head_dim + 2 * kv)
-    kept = layers * budget * per_token * (1 if bf16 else 2) + (2 * in_layers if bf16 else 0)
+    copies = 2 * in_layers if bf16 and not ranks else 0
+    kept = layers * budget * per_token * (1 if bf16 else 2) + copies
     if gradient_checkpointing:
         kept = kept / layers + 4 * d * budget * layers
     kept += 16 * d * budget  # the embeddings and the last norm
@@ -296,41 +306,63 @@ def predict_memory(
              "activations": kept, "logits": max(rollout, scoring)}
     if not train:
         parts = {"weights": 4 * N, "logits": rollout}
+    if ranks:
+        parts |= {k: parts[k] / ranks for k in ("weights", "gradients", "Adam", "reference") if k in parts}
+        outside = 4 * (N - in_layers) * (1 + train + reference * train)
+        parts["gathered"] = outside + 2 * (8 if train else 4) * in_layers / layers
+        parts["layers"] = (2 if bf16 else 4) * in_layers
     return {k: v / 2**30 for k, v in parts.items()}
 
 
-def plan(name: str, args, device: torch.device):
-    """Print what the run will take of memory and disk before anything is loaded; refuse what cannot fit.
+def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
+    """Print what the run will take of memory, on each device, and of disk before anything is loaded; refuse
+    what cannot fit. Returns whether to shard the weights over the ranks: if asked to, or if they do not fit
+    otherwise; and whether, sharded, all layers fit at once during a rollout.
 
     Disk: two checkpoints of 12 bytes per parameter (the old one until the new one is whole), and model/."""
     _, _, config = read_config(name, args.revision)
     cuda = device.type == "cuda"
-    parts = predict_memory(
-        config, L=args.L, block=args.block, G=args.G, budget=args.budget,
+    predict = partial(
+        predict_memory, config, L=args.L, block=args.block, G=args.G, budget=args.budget,
         gradient_checkpointing=args.gradient_checkpointing, train=not args.eval_only, bf16=cuda,
         reference=vars(args).get("beta", 0) > 0)  # wd1 has none
     if cuda:
         have = torch.cuda.mem_get_info(device)[0]
     else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    have, need = have / 2**30, sum(parts.values())
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.on_this_machine()
+    have, parts = parallel.summed(have, "min") / 2**30, predict()
+    full, sharded, keep_whole = parts["weights"], args.shard, False
+    if parallel.world() > 1 and sum(parts.values()) > have:
+        sharded = True
+    if sharded:
+        parts = predict(ranks=parallel.world())
+        layers = parts.pop("layers")
+        in_updates = parts.get("gradients", 0) + parts.get("activations", 0)
+        keep_whole = sum(parts.values()) - in_updates + layers <= have
+    need = sum(parts.values())
     listed = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib >= 0.05)
-    print(f"memory, predicted peak: {need:.1f} GiB of {have:.1f} ({listed})", flush=True)
+    each = f" on each of {parallel.world()} devices" if parallel.world() > 1 else ""
+    print(f"memory, predicted peak: {need:.1f} GiB of {have:.1f}{each} ({listed})", flush=True)
+    if sharded:
+        print("weights are sharded; in rollouts " + ("all are gathered once" if keep_whole else
+                                                     "layer by layer, at every step"))
     if need > have:
         fixed = sum(gib for name, gib in parts.items() if name not in ("activations", "logits", "reference"))
         remedy = "lower --budget or --G, add --gradient_checkpointing, or set --beta 0 (no reference)"
         if fixed > have:
-            remedy = "no setting helps: choose a smaller model or a larger GPU (the README has a table)"
+            remedy = ("no setting helps: choose a smaller model or a larger GPU, or more GPUs with torchrun "
+                      "(the README has a table)")
         refuse(f"{args.model} needs {need:.1f} GiB and {device} has {have:.1f}; {remedy}")
     if not args.eval_only:
         out = Path(args.out).absolute()
         there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 2**30
         free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free / 2**30
-        need = 7 * parts["weights"] - there
+        need = 7 * full - there
         if need >= 0.05:
             print(f"disk: checkpoints and model take up to {need:.1f} GiB in {args.out}, {free:.1f} are free")
         if need > free:
             refuse(f"{args.out} needs {need:.1f} GiB of disk and {free:.1f} are free: choose another --out")
+    return sharded, keep_whole
 
 
 def release_memory():

@@ -185,6 +185,7 @@ def train(args: Args) -> float:
                 for part in micro_batches(pairs, x, args.budget):
                     r, k = part.unbind(1)
                     logp_old[r, k] = canvas_logp(model, roll[r], hidden[r, k], args.temperature)
+            logp_old = run.summed(logp_old)
             run.counters["nfe_update_full"] += len(pairs)
         infos = []
         for epoch in range(args.passes):
@@ -220,6 +221,7 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["scored_tokens"] += m.sum().item()
+                info = run.summed(info)  # over the GPUs, if there are several
                 scored = max(info["scored_tokens"], 1)
                 for parameter in model.network.parameters():
                     if parameter.grad is not None:

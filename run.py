@@ -5,6 +5,7 @@ checkpoints, clock and log. The table, the boards, the curve and the trace at it
 """
 
 import argparse
+import copy
 import fcntl
 import importlib.util
 import json
@@ -25,6 +26,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import parallel
 import tasks
 from common import Denoiser, Rollout, Task, denoise, encode, one_line, refuse, reward_rows
 from report import SHOWN, plot, print_report, trace
@@ -51,6 +53,7 @@ class Flags:
     track: Literal["wandb", "trackio"] | None = None  # log there, too; after pip install of it
     budget: int = 8448  # most tokens in one forward
     gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
+    shard: bool = False  # torchrun: split weights, gradients and Adam over the GPUs also where one holds them
 
 
 def parse_args(Args: type, method: str, countdown: dict, llm: dict):
@@ -69,7 +72,7 @@ def parse_args(Args: type, method: str, countdown: dict, llm: dict):
     before = saved_args(Args, method, Path(said.resume))
     args = tyro.cli(Args, default=before)
     free = {"updates", "eval_every", "eval_threshold", "eval_rows", "save_every", "budget",
-            "gradient_checkpointing", "resume", "eval_only", "track"}
+            "gradient_checkpointing", "shard", "resume", "eval_only", "track"}
     changed = [k for k, v in vars(args).items() if k not in free and v != getattr(before, k)]
     if changed:
         refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(free))}")
@@ -85,7 +88,7 @@ def saved_args(Args: type, method: str, folder: Path):
         saved = json.loads(file.read_text())
         made_by = saved.pop("method")
         saved.pop("commit")
-        args = Args(**saved | {"resume": str(folder)})
+        args = Args(**saved | {"resume": str(folder), "shard": False})  # the processes now may be others
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"{file} cannot be read: {one_line(error)}")
     if made_by != method:
@@ -112,6 +115,8 @@ def check(args, method: str):
         refuse(f"{args.model} is a tiny model of --task {made_for}")
     if args.track and not importlib.util.find_spec(args.track):
         refuse(f"--track {args.track} needs it: pip install {args.track}")
+    if args.shard and "WORLD_SIZE" not in os.environ:
+        refuse(f"--shard is for several processes: torchrun --nproc_per_node 2 {sys.argv[0]} ...")
     for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
                  "save_every", "budget"):
         if getattr(args, name) < 1:
@@ -152,16 +157,26 @@ def setup(args) -> tuple[Denoiser, Task]:
     """The model and the task, after saying what they take. Refuses what cannot work before it is loaded."""
     from models import load_model, plan  # here, because transformers takes seconds, and --help does without
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "fp32 (no CUDA GPU found)"
-    print(f"device {device}: {arithmetic}", flush=True)
     name = args.model
     if name == "tiny":
-        from pretrain import TINY, base_folder
+        from pretrain import TINY, base_folder, base_path
 
-        name = str(base_folder(TINY[args.task].settings))
-    plan(name, args, device)
-    model = load_model(name, device, args.revision, args.mask_id, args.gradient_checkpointing)
+        settings = TINY[args.task].settings
+        while int(os.environ.get("LOCAL_RANK", 0)) and not base_path(settings).is_dir():
+            time.sleep(1)  # the first process of a machine builds it, before any waits in a collective
+        name = str(base_folder(settings))
+    device = parallel.start()
+    arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "fp32 (no CUDA GPU found)"
+    others = f", rank 0 of {parallel.world()}" if "WORLD_SIZE" in os.environ else ""
+    print(f"device {device}{others}: {arithmetic}", flush=True)
+    sharded, keep_whole = plan(name, args, device)
+    model = load_model(name, "cpu" if sharded else device, args.revision, args.mask_id,
+                       args.gradient_checkpointing)
+    if sharded:
+        needed = vars(args).get("beta", 0) > 0 and not args.eval_only
+        model.twin = copy.deepcopy(model.network) if needed else None
+        for network in filter(None, (model.network, model.twin)):
+            parallel.shard(network, device, keep_whole)
     return model, load_task(args, model)
 
 
@@ -209,6 +224,8 @@ def evaluate(args, model: Denoiser, task: Task, adaptive: bool = True) -> tuple[
 
 def keep_answers(args, model: Denoiser, update: int, metrics: dict, answers: list[tuple]):
     """Add an evaluation with every setting and answer to evals.jsonl."""
+    if parallel.rank():
+        return
     on_gpu = model.device.type == "cuda"
     line = metrics | {
         "update": update, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
@@ -235,6 +252,8 @@ def evaluate_only(args, model: Denoiser, task: Task) -> float:
 
 def write_trace(args, model: Denoiser, task: Task, update: int, shown: dict):
     """trace.html in the run folder: `shown` of an evaluation beside that of update 0, if it is there."""
+    if parallel.rank():
+        return
     name = f"after update {update}" if update else "the model as it is"
     columns, before = {name: shown}, Path(args.out) / "before.pt"
     if update and before.exists():
@@ -252,9 +271,14 @@ def write_trace(args, model: Denoiser, task: Task, update: int, shown: dict):
 def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Read the checkpoint of a run folder into the model and, if given, the optimizer; returns the rest."""
     try:  # mmap: without an optimizer two thirds of the file are never read
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=optimizer is None)
-        model.network.load_state_dict(state.pop("network"))
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True,
+                           mmap=optimizer is None or parallel.is_sharded(model.network))
+        shards, saved = model.network.state_dict(), state.pop("network")
+        model.network.load_state_dict({k: parallel.like(v, shards.get(k)) for k, v in saved.items()})
         if optimizer:
+            for i, p in enumerate(optimizer.param_groups[0]["params"]):
+                moments = state["optimizer"]["state"].get(i, {})
+                moments.update({k: parallel.like(v, p) for k, v in moments.items() if v.shape == p.shape})
             optimizer.load_state_dict(state["optimizer"])
         return {k: state[k] for k in ("update", "counters", "metrics_bytes")}
     except Exception as error:  # of any kind: the file may be anything
@@ -263,7 +287,9 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
 
 class Run:
     """One run: folder (args.json, metrics.jsonl, before.pt, state.pt, curve.png, trace.html, model/), clock,
-    counters, ctrl-C."""
+    counters, ctrl-C. Of several ranks all make one, and the folder is written by rank 0."""
+
+    summed = staticmethod(parallel.summed)  # what a method counts or scores on its micro-batches is a share
 
     def __init__(self, args, method: str, model: Denoiser, task: Task, optimizer: torch.optim.Optimizer):
         """Take hold of the folder. Weights of a checkpoint are read when the loop begins, so that whatever is
@@ -278,10 +304,12 @@ class Run:
         self.laps = {}
         self.bar = None
         self.interrupted = False
+        self.writes = parallel.rank() == 0
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.out, os.O_RDONLY)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.writes:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refuse(f"another process is at work in {self.out}")
         except OSError:  # a network file system that cannot lock a folder
@@ -289,11 +317,24 @@ class Run:
 
     def begin(self):
         """Start the clock, in a new folder or where its checkpoint (none: the first update) left it."""
-        log, logged = self.out / "metrics.jsonl", 0
-        log.touch()
+        logged = 0
         if (self.out / "state.pt").is_file():
             state = load_state(self.out, self.model, self.optimizer)
             self.update, self.counters, logged = state["update"], state["counters"], state["metrics_bytes"]
+        if self.writes:
+            self.prepare(logged)
+        self.saved = self.update
+        self.lapped = time.perf_counter()
+        self.started = self.lapped - self.counters["seconds"]
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
+        self.bar = tqdm(total=self.args.updates, initial=self.update, desc=self.method, unit="update",
+                        dynamic_ncols=True)
+
+    def prepare(self, logged: int):
+        """Bring the folder to where its checkpoint left it, with `logged` bytes of metrics.jsonl."""
+        log = self.out / "metrics.jsonl"
+        log.touch()
         if log.stat().st_size < logged:
             refuse(f"{log} is shorter than it was at the checkpoint: {log.stat().st_size} of {logged} bytes")
         os.truncate(log, logged)  # what was logged after the checkpoint will be logged again
@@ -310,23 +351,19 @@ class Run:
             self.track(lambda tracker: tracker.init(
                 project="diffusion-rl", name=f"{self.out.resolve().name}-{track_id}", config=settings,
                 resume="allow", **own))
-        self.saved = self.update
-        self.lapped = time.perf_counter()
-        self.started = self.lapped - self.counters["seconds"]
-        signal.signal(signal.SIGINT, self.interrupt)
-        self.bar = tqdm(total=self.args.updates, initial=self.update, desc=self.method, unit="update",
-                        dynamic_ncols=True)
 
-    def interrupt(self, *_):
-        """First ctrl-C: finish this update and save. Second: stop at once, the last checkpoint stays."""
+    def interrupt(self, number: int, frame):
+        """First ctrl-C, or SIGTERM: finish this update and save. Second: stop at once, the last checkpoint
+        stays."""
         self.interrupted = True
-        tqdm.write("ctrl-C: finishing this update, then saving (once more: stop at once)")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: finishing this update, then saving (once more: stop at once)")
+        give_signals_back()
 
     def track(self, tell: Callable):
         """tell(the module of --track), if there is one. A tracker that fails is left, and the run goes on."""
         try:
-            if self.args.track:
+            if self.args.track and self.writes:
                 tell(importlib.import_module(self.args.track))
         except (Exception, SystemExit) as error:
             tqdm.write(f"--track {self.args.track} has failed, the run goes on without it: {one_line(error)}")
@@ -336,7 +373,7 @@ class Run:
         """Give terminal, ctrl-C, folder and tracker back."""
         self.track(lambda tracker: tracker.finish())
         self.bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        give_signals_back()
         os.close(self.lock)
 
     def boundary(self) -> bool:
@@ -345,6 +382,7 @@ class Run:
         Saved first: a resumed run repeats the evaluation, so it inherits none that its own schedule lacks."""
         if self.bar is None:
             self.begin()
+        self.interrupted = bool(self.summed(int(self.interrupted)))  # of any rank: all stop here
         over = self.update >= self.args.updates
         ending = over or self.interrupted
         if self.skipped_in_a_row == 0:
@@ -354,6 +392,7 @@ class Run:
         if ending:
             self.keep()
         if self.interrupted:
+            self.summed(0)  # wait for rank 0 to have written: torchrun ends it once another one has left
             self.close()
             print(f"stopped after {self.update} updates; go on: python {sys.argv[0]} --resume {self.out}")
             raise SystemExit(130)
@@ -362,14 +401,18 @@ class Run:
         return over
 
     def save(self):
-        """Write state.new, if the weights are finite: a checkpoint once it has led to a finite update."""
-        if not all(p.isfinite().all() for p in self.model.network.parameters()):
+        """Write state.new, if the weights are finite: a checkpoint once it has led to a finite update. It is
+        the same file for any number of processes, and whether weights are sharded or not."""
+        weights = parallel.weights(self.model.network)  # sharded: of rank 0 alone
+        if self.summed(sum(not v.isfinite().all() for v in weights.values() if v is not None)):
             return tqdm.write(f"update {self.update}: weights are not finite, not saved")
+        state = {"network": weights, "optimizer": parallel.moments(self.optimizer)}
+        self.saved = self.update
+        if not self.writes:
+            return
         with open(self.out / "metrics.jsonl", "a") as file:
             os.fsync(file.fileno())  # before the checkpoint that counts its bytes
-        state = {
-            "network": self.model.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        state |= {
             "update": self.update,
             "counters": self.counters,
             "metrics_bytes": (self.out / "metrics.jsonl").stat().st_size,
@@ -382,16 +425,16 @@ class Run:
         except (OSError, RuntimeError) as error:  # a full disk
             (self.out / "state.new").unlink(missing_ok=True)
             self.fail(f"the checkpoint of update {self.update} cannot be written: {error}")
-        self.saved = self.update
 
     def keep(self):
         """Make state.new the checkpoint: on disk is either the old one or the new one, never half of one."""
-        if (self.out / "state.new").exists():
+        if self.writes and (self.out / "state.new").exists():
             os.replace(self.out / "state.new", self.out / "state.pt")
 
     def fail(self, why: str):
         """Stop with exit status 1 and say what is left."""
         self.close()
+        parallel.after_rank_0()
         kept = "keeps the last good checkpoint" if (self.out / "state.pt").exists() else "has no checkpoint"
         sys.exit(f"error: {why}; {self.out} {kept}")
 
@@ -400,13 +443,14 @@ class Run:
         begin = time.perf_counter()
         adaptive = self.update in (0, self.args.updates)
         metrics, self.answers, self.shown = evaluate(self.args, self.model, self.task, adaptive)
-        if self.update == 0:
+        if self.update == 0 and self.writes:
             try:
                 torch.save(self.shown, self.out / "before.pt")  # for trace.html, also of a resumed run
             except (OSError, RuntimeError) as error:
                 self.fail(f"before.pt cannot be written: {error}")
         self.log(metrics)
-        tqdm.write(f"update {self.update}: {metrics['eval_accuracy']:.1%} of the held-out rows correct")
+        self.accuracy = metrics["eval_accuracy"]
+        tqdm.write(f"update {self.update}: {self.accuracy:.1%} of the held-out rows correct")
         self.started += time.perf_counter() - begin
         self.lapped = time.perf_counter()
 
@@ -425,9 +469,9 @@ class Run:
         self.lap("rollout")
 
     def optimizer_step(self, loss: float, max_grad_norm: float) -> float:
-        """Clip the gradient and step; returns its norm before. Not finite: skip the step and count it; exit 1
-        after three in a row."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.network.parameters(), max_grad_norm).item()
+        """Sum the gradients of the ranks, clip and step; returns the norm before clipping. Not finite: skip
+        the step and count it, on all ranks alike; exit 1 after three in a row. loss: summed, too."""
+        norm = parallel.clip(self.model.network, max_grad_norm)
         if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             self.counters["optimizer_steps"] += 1
@@ -448,7 +492,7 @@ class Run:
 
         self.lap("update")
         self.update += 1
-        self.counters["nfe_update"] += self.model.forwards["rows"] - self.before_update
+        self.counters["nfe_update"] += int(self.summed(self.model.forwards["rows"] - self.before_update))
         self.counters["seconds"] = time.perf_counter() - self.started
         infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]  # nothing could move a weight
         means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
@@ -463,6 +507,8 @@ class Run:
 
     def log(self, metrics: dict):
         """Append one line to metrics.jsonl; a number that is not finite becomes null."""
+        if not self.writes:
+            return
         row = {k: v if math.isfinite(v) else None for k, v in ({"update": self.update} | metrics).items()}
         try:
             with open(self.out / "metrics.jsonl", "a") as file:
@@ -477,11 +523,15 @@ class Run:
 
         if self.counters["skipped"] and not self.counters["optimizer_steps"]:
             self.fail("no optimizer step was finite")
+        weights = parallel.weights(self.model.network)
+        if not self.writes:
+            self.close()
+            return self.accuracy
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         evals, curve = [line for line in lines if "eval_accuracy" in line], self.out / "curve.png"
         try:
             keep_answers(self.args, self.model, self.update, evals[-1], self.answers)
-            save_model(self.model, self.out / "model")
+            save_model(self.model, self.out / "model", weights)
             plot(lines, curve, f"{self.method} on {self.args.task}")
             write_trace(self.args, self.model, self.task, self.update, self.shown)
         except OSError as error:
@@ -496,7 +546,12 @@ class Run:
               "answer), state.pt and model/ (a transformers folder)")
         print(f"next: --resume {self.out} --updates {2 * self.args.updates} goes on, "
               f"--seed {self.args.seed + 1} repeats, --help lists every setting")
-        return evals[-1]["eval_accuracy"]
+        return self.accuracy
+
+
+def give_signals_back():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def git_commit() -> str:

@@ -177,6 +177,7 @@ def train(args: Args) -> float:
                     loss = (weight[r, k] * logp).sum() * args.minibatches / args.prompts  # mean over prompts
                     loss.backward()
                     total += loss.item()
+                total = run.summed(total)  # over the GPUs, if there are several
                 infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
 
         # 6 log

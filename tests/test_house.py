@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-ABOVE = [["common", "sandbox"], ["tasks", "models", "report"], ["pretrain"], ["run"],
+ABOVE = [["parallel", "sandbox"], ["common"], ["tasks", "models", "report"], ["pretrain"], ["run"],
          ["egspo", "rldf", "wd1", "gdsd", "compare"]]
 FLOOR = {name: floor for floor, names in enumerate(ABOVE) for name in names}
 
