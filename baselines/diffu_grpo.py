@@ -144,6 +144,7 @@ def train(args: Args) -> float:
                 logp_old[r, k] = one_step_logp(model, x[r, k], roll[r], args.temperature)
                 if reference:
                     logp_ref[r, k] = one_step_logp(reference, x[r, k], roll[r], args.temperature)
+        logp_old, logp_ref = run.summed(logp_old), run.summed(logp_ref)  # over the GPUs, if there are several
         run.counters["nfe_update_full"] += len(rows) * args.passes * (3 if reference else 2)
 
         # 5 update
@@ -165,6 +166,7 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += (was_clipped & valid).sum().item() / scored
+                info = run.summed(info)  # over the GPUs, if there are several
                 info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
                 infos.append(info)
 

@@ -148,6 +148,7 @@ def train(args: Args) -> float:
                 elbo_old[r] = elbo(model, roll[r], scored[r], args.temperature)
                 if reference:
                     elbo_ref[r] = elbo(reference, roll[r], scored[r], args.temperature)
+        elbo_old, elbo_ref = run.summed(elbo_old), run.summed(elbo_ref)  # over the GPUs, if there are several
         canvases = scored.shape[0] * scored.shape[1]
         run.counters["nfe_update_full"] += canvases * ((2 if reference else 1) + args.passes)
 
@@ -168,6 +169,7 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.sum().item() / len(batch)
+                info = run.summed(info)  # over the GPUs, if there are several
                 info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
                 infos.append(info)
 

@@ -152,6 +152,7 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.sum().item() / len(batch)
+                info = run.summed(info)  # over the GPUs, if there are several
                 info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
                 infos.append(info)
 

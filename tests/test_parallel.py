@@ -30,8 +30,10 @@ CASES = {
     "egspo": ("modernbert", "--beta 0.1 --K 2 --passes 2 --minibatches 5"),  # a group an optimizer step
     "rldf": ("modernbert", "--K 2 --threshold 0.5 --passes 2"),  # adaptive; tied embeddings, no reference
     "gdsd": ("a2d-qwen3", "--beta 0.1 --passes 2 --num_mc 2 --gradient_checkpointing"),
-    # a shifted network; Adam divides by the gradient, where that is almost 0 rounding decides: small steps
-    "wd1": ("dream", "--plusplus --K 2 --passes 2 --lr 5e-5"),
+    "wd1": ("dream", "--plusplus --K 2 --passes 2"),  # a shifted network
+    "baselines.diffu_grpo": ("modernbert", "--beta 0.1 --passes 2"),
+    "baselines.espo": ("modernbert", "--beta 0.1 --passes 2 --minibatches 5"),
+    "baselines.just_grpo": ("modernbert", "--beta 0.1 --minibatches 5"),
 }
 NODES = {2: ["replicated", "whole"], 3: ["replicated", "in step"]}
 
@@ -105,7 +107,7 @@ def test_many_processes_are_one(count, mode, method, done):
     assert max(row.get("grad_norm", 0) for row in metrics) > 0.1
     folders = done / CASES[method][0], alone / "model"
     start, end = (load_file(folder / "model.safetensors") for folder in folders)
-    assert any((end[name] - start[name]).abs().max() > 1e-4 for name in end.keys() & start.keys())
+    assert any((end[name] - start[name]).abs().max() > 2e-4 for name in end.keys() & start.keys())
 
 
 @pytest.mark.parametrize("mode, method", [("averaged", "egspo"), ("own scores", "gdsd")])
