@@ -25,7 +25,7 @@ import common  # noqa: E402
 import run  # noqa: E402
 
 WAYS = {"EGSPO-SA": "egspo", "RLDF": "rldf", "wd1": "wd1", "GDSD logp": "gdsd",
-        "wd1++": "wd1 --plusplus --K 4 --passes 1 --minibatches 2 --lr 1e-4"}
+        "wd1++": "wd1 --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4"}
 shared = common.distinct
 
 
