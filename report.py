@@ -18,7 +18,7 @@ KINDS = {(0, 1): "became solved", (1, 0): "became wrong", (0, 0): "stayed failed
 # Okabe and Ito's, which the colour-blind tell apart
 COLOURS = {"EGSPO": "#999999", "EGSPO-SA": "#D55E00", "RLDF": "#0072B2", "wd1": "#000000", "wd1++": "#009E73",
            "GDSD": "#CC79A7", "GDSD-TLC": "#E69F00", "diffu-GRPO": "#56B4E9", "ESPO": "#882255",
-           "JustGRPO": "#F0E442"}
+           "JustGRPO": "#999933"}
 
 
 def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers: list[tuple]):
