@@ -83,9 +83,9 @@ def same_run(one: Path, many: Path):
     for name, value in state["network"].items():
         torch.testing.assert_close(other["network"][name], value, rtol=0, atol=1e-5)
     for row, same in zip(lines(one), lines(many), strict=True):
-        # canvases that only meet when all pairs of masks are in one forward are not shared among ranks
-        few, more = row.pop("nfe_update", 0), same.pop("nfe_update", 0)
-        assert few <= more <= 1.1 * few and row.keys() == same.keys()
+        # GDSD: equal canvases of two pairs of masks are evaluated once where they meet in one forward
+        made, also = row.pop("nfe_update", 0), same.pop("nfe_update", 0)
+        assert math.isclose(made, also, rel_tol=0.05 if "c_mean" in row else 0) and row.keys() == same.keys()
         for key, value in row.items():
             assert math.isclose(same[key], value, rel_tol=1e-4, abs_tol=1e-5), (key, value, same[key])
     answers = [complete_lines(out / "evals.jsonl")[-1]["answers"] for out in (one, many)]
