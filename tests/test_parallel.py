@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, sharp_model
 from safetensors.torch import load_file
-from test_methods import complete_lines, lines, wait_for_update
+from test_methods import complete_lines, lines
 from test_real import LLADA_8B, settings
 
 import models
@@ -135,20 +135,21 @@ def running(tmp_path):
     models.save_model(sharp_model(eos=2.0), tmp_path / "modernbert")
     argv = ["--model", str(tmp_path / "modernbert"), *SMALL, "--updates", "5000", "--eval_every", "5000",
             "--out", str(out)]
-    process = subprocess.Popen(command([("replicated", "egspo", argv)], 2), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    wait_for_update(out, 2, process, seconds=300)
+    with open(tmp_path / "said", "w") as said:  # a pipe that nobody reads would fill up
+        process = subprocess.Popen(command([("replicated", "egspo", argv)], 2), stdout=said, stderr=said)
+    end = time.time() + 600  # on a busy machine
+    while process.poll() is None and time.time() < end and not (out / "state.pt").exists():
+        time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     yield process, [int(pid) for pid in children], out
-    process.kill()
-    process.communicate()
+    process.terminate()
+    process.wait()
 
 
 def test_one_rank_killed_ends_all_within_a_minute(running):
     process, children, out = running
     os.kill(children[1], signal.SIGKILL)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode and "SIGKILL" in stderr
+    assert process.wait(timeout=60) and "SIGKILL" in (out.parent / "said").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     state = torch.load(out / "state.pt", weights_only=True)
     logged = [row["update"] for row in complete_lines(out / "metrics.jsonl")]
@@ -159,7 +160,7 @@ def test_ctrl_c_of_one_rank_stops_all_at_the_same_update(running):
     """Whoever is told: rank 1 alone here, all by a terminal, all by torchrun when it gets a SIGTERM."""
     process, children, out = running
     os.kill(children[1], signal.SIGINT)
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     state = torch.load(out / "state.pt", weights_only=True)
     assert state["update"] == complete_lines(out / "metrics.jsonl")[-1]["update"]
 
