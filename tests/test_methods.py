@@ -91,8 +91,8 @@ def start(method: str, *argv) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_update(out: Path, step: int, process: subprocess.Popen, seconds: int = 60):
-    end = time.time() + seconds
+def wait_for_update(out: Path, step: int, process: subprocess.Popen):
+    end = time.time() + 60
     while time.time() < end and process.poll() is None:
         if (out / "metrics.jsonl").exists():
             done = [row["update"] for row in complete_lines(out / "metrics.jsonl")]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, sharp_model
 from safetensors.torch import load_file
-from test_methods import complete_lines, lines, wait_for_update
+from test_methods import complete_lines, lines
 from test_real import LLADA_8B, settings
 
 import models
@@ -85,9 +85,9 @@ def same_run(one: Path, many: Path):
     for name, value in state["network"].items():
         torch.testing.assert_close(other["network"][name], value, rtol=0, atol=1e-5)
     for row, same in zip(lines(one), lines(many), strict=True):
-        # canvases that only meet when all pairs of masks are in one forward are not shared among ranks
-        few, more = row.pop("nfe_update", 0), same.pop("nfe_update", 0)
-        assert few <= more <= 1.1 * few and row.keys() == same.keys()
+        # GDSD: equal canvases of two pairs of masks are evaluated once where they meet in one forward
+        made, also = row.pop("nfe_update", 0), same.pop("nfe_update", 0)
+        assert math.isclose(made, also, rel_tol=0.05 if "c_mean" in row else 0) and row.keys() == same.keys()
         for key, value in row.items():
             assert math.isclose(same[key], value, rel_tol=1e-4, abs_tol=1e-5), (key, value, same[key])
     answers = [complete_lines(out / "evals.jsonl")[-1]["answers"] for out in (one, many)]
@@ -137,20 +137,21 @@ def running(tmp_path):
     models.save_model(sharp_model(eos=2.0), tmp_path / "modernbert")
     argv = ["--model", str(tmp_path / "modernbert"), *SMALL, "--updates", "5000", "--eval_every", "5000",
             "--out", str(out)]
-    process = subprocess.Popen(command([("replicated", "egspo", argv)], 2), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    wait_for_update(out, 2, process, seconds=300)
+    with open(tmp_path / "said", "w") as said:  # a pipe that nobody reads would fill up
+        process = subprocess.Popen(command([("replicated", "egspo", argv)], 2), stdout=said, stderr=said)
+    end = time.time() + 600  # on a busy machine
+    while process.poll() is None and time.time() < end and not (out / "state.pt").exists():
+        time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     yield process, [int(pid) for pid in children], out
-    process.kill()
-    process.communicate()
+    process.terminate()
+    process.wait()
 
 
 def test_one_rank_killed_ends_all_within_a_minute(running):
     process, children, out = running
     os.kill(children[1], signal.SIGKILL)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode and "SIGKILL" in stderr
+    assert process.wait(timeout=60) and "SIGKILL" in (out.parent / "said").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     state = torch.load(out / "state.pt", weights_only=True)
     logged = [row["update"] for row in complete_lines(out / "metrics.jsonl")]
@@ -161,7 +162,7 @@ def test_ctrl_c_of_one_rank_stops_all_at_the_same_update(running):
     """Whoever is told: rank 1 alone here, all by a terminal, all by torchrun when it gets a SIGTERM."""
     process, children, out = running
     os.kill(children[1], signal.SIGINT)
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     state = torch.load(out / "state.pt", weights_only=True)
     assert state["update"] == complete_lines(out / "metrics.jsonl")[-1]["update"]
 
