@@ -79,16 +79,16 @@ def done(tmp_path_factory) -> Path:
     return out
 
 
-def same_run(one: Path, many: Path):
+def same_run(one: Path, many: Path, masks: bool = False):
     """Weights to 1e-5, metrics to 1e-4 of their size, the same held-out answers, the same model/ folder."""
     state, other = (torch.load(out / "state.pt", weights_only=True) for out in (one, many))
     assert state["network"].keys() == other["network"].keys()
     for name, value in state["network"].items():
         torch.testing.assert_close(other["network"][name], value, rtol=0, atol=1e-5)
     for row, same in zip(lines(one), lines(many), strict=True):
-        # GDSD: equal canvases of two pairs of masks are evaluated once where they meet in one forward
+        # GDSD, ESPO: equal canvases of two masks are evaluated once where they meet in one forward
         made, also = row.pop("nfe_update", 0), same.pop("nfe_update", 0)
-        assert math.isclose(made, also, rel_tol=0.05 if "c_mean" in row else 0) and row.keys() == same.keys()
+        assert made <= also <= made * (1.25 if masks else 1) and row.keys() == same.keys()
         for key, value in row.items():
             assert math.isclose(same[key], value, rel_tol=1e-4, abs_tol=1e-5), (key, value, same[key])
     answers = [complete_lines(out / "evals.jsonl")[-1]["answers"] for out in (one, many)]
@@ -103,7 +103,7 @@ def same_run(one: Path, many: Path):
 @pytest.mark.parametrize("count, mode", [(count, mode) for count, modes in NODES.items() for mode in modes])
 def test_many_processes_are_one(count, mode, method, done):
     alone = done / f"alone-{method}-1"
-    same_run(alone, done / f"{mode}-{method}-{count}")
+    same_run(alone, done / f"{mode}-{method}-{count}", masks="gdsd" in method or "espo" in method)
     metrics = complete_lines(alone / "metrics.jsonl")
     assert max(row.get("grad_norm", 0) for row in metrics) > 0.1
     folders = done / CASES[method][0], alone / "model"
@@ -213,10 +213,10 @@ def test_shares_are_everything_once(world, monkeypatch):
 def test_a_part_without_pairs_is_a_loss_of_0_with_a_gradient_of_0_for_every_weight(layout, tmp_path):
     checkpoints.write(layout, tmp_path)
     model = models.load_model(str(tmp_path))
-    nothing = torch.zeros(0, 4, dtype=torch.long)
+    nothing, before = torch.zeros(0, 4, dtype=torch.long), model.forwards["rows"]
     logp = score(model, torch.zeros(0, 7, dtype=torch.long), torch.ones(0, 3, dtype=torch.bool), nothing,
                  nothing > 0, 1.0)
-    assert logp.shape == (0, 4) and model.forwards["rows"] == 0
+    assert logp.shape == (0, 4) and model.forwards["rows"] == before
     logp.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.network.parameters())
 

@@ -135,7 +135,7 @@ def test_a_tiny_model_starts_from_the_settings_of_its_task(method, tmp_path, mon
         assert vars(tiny) == expected
         folder = settings(monkeypatch, method, "--model", tmp_path / task, "--task", task)
         assert vars(folder) == expected | {"model": str(tmp_path / task)}
-        assert settings(monkeypatch, method, f"--task={task}", "--L", 32).L == 32
+        assert settings(monkeypatch, method, f"--task={task}", "--L", 32, "--S", 8).L == 32
 
 
 def test_eval_only_gives_the_number_of_the_run_and_keeps_it_with_its_settings(data, tmp_path, capsys):

@@ -352,7 +352,7 @@ def update(monkeypatch, tmp_path):
         for calls in vars(seen).values():
             calls.clear()
         monkeypatch.setattr(models, "load_model", lambda *_: model())
-        monkeypatch.setattr(models, "plan", lambda *_: None)
+        monkeypatch.setattr(models, "plan", lambda *_: (False, False))
         offer(monkeypatch, "toy", task)
         out = tmp_path / str(next(runs))
         launch("rldf", *f"--model any {SHAPE} --lr 0 --minibatches 1 --out {out} {flags}".split())

@@ -50,7 +50,7 @@ def update(monkeypatch, tmp_path):
 
             patch.setattr(Run, "optimizer_step", optimizer_step)
             patch.setattr(models, "load_model", lambda *_: sharp_model(OFTEN, dtype))
-            patch.setattr(models, "plan", lambda *_: None)
+            patch.setattr(models, "plan", lambda *_: (False, False))
             offer(patch, "toy", toy_task)
             out = tmp_path / f"run{next(number)}"
             launch(method, *f"--model any {SHAPE} --out {out} {flags}".split())
