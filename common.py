@@ -148,6 +148,8 @@ class Rollout:
     @staticmethod
     def join(parts: list["Rollout"]) -> "Rollout":
         """The rows of all parts, which were denoised alike."""
+        if len(parts) == 1:
+            return parts[0]
         fields = {}
         for f in dataclasses.fields(Rollout):
             values = [getattr(part, f.name) for part in parts]

@@ -153,10 +153,10 @@ def train(settings: Settings, rng: np.random.Generator | None = None) -> Denoise
     tiny = TINY[settings.task]
     task = load(settings.task, chat=False, train=False, held_out="validation")
     rng = rng or np.random.default_rng([2, settings.seed])
-    named = dict(model.network.named_parameters())
-    matrices = [p for name, p in named.items() if settings.muon and ".layers." in name and p.dim() == 2]
-    optimizers = [torch.optim.AdamW([p for p in named.values() if all(p is not m for m in matrices)],
-                                    lr=settings.lr, weight_decay=0.01)]
+    matrices, rest = [], []
+    for name, p in model.network.named_parameters():
+        (matrices if settings.muon and ".layers." in name and p.dim() == 2 else rest).append(p)
+    optimizers = [torch.optim.AdamW(rest, lr=settings.lr, weight_decay=0.01)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=settings.lr, weight_decay=0.01,
                                            adjust_lr_fn="match_rms_adamw"))

@@ -45,13 +45,20 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers
         print("\n\n".join("\n".join(f"   {line}" for line in block) for block in blocks))
 
 
-def plot(lines: list[dict], file: Path, title: str):
-    """curve.png: held-out accuracy and the rollouts' reward over the updates; below, what is left to learn
-    from: without entropy the rows of a group are equal, and equal rewards have no advantage."""
+def pyplot():
+    """matplotlib, for files alone; imported when something is drawn, because that takes its time."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot(lines: list[dict], file: Path, title: str):
+    """curve.png: held-out accuracy and the rollouts' reward over the updates; below, what is left to learn
+    from: without entropy the rows of a group are equal, and equal rewards have no advantage."""
+    plt = pyplot()
 
     def points(key: str, scale: float = 1) -> list[tuple]:
         return [(line["update"], scale * line[key]) for line in lines if line.get(key) is not None]
@@ -96,22 +103,18 @@ def plot_methods(curves: dict[str, dict[str, np.ndarray]], file: Path):
 
     curves: of each task and method (seeds, points, 4): update, seconds, forwards, share solved; may be
     empty, and a task without any has no panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     curves = {task: methods for task, methods in curves.items() if any(map(len, methods.values()))}
-    size = dict(figsize=(1 + 4.5 * len(curves), 4), squeeze=False, constrained_layout=True)
-    figure, panels = plt.subplots(1, max(1, len(curves)), **size)
+    figure, panels = plt.subplots(1, max(1, len(curves)), figsize=(1 + 4.5 * len(curves), 4), squeeze=False,
+                                  constrained_layout=True)
     for (task, methods), axes in zip(curves.items(), panels[0], strict=False):
         ends = []
         for method, runs in methods.items():
             if len(runs):
                 minutes, share = np.median(runs[:, :, 1], 0) / 60, 100 * runs[:, :, 3]
-                look = dict(color=COLOURS[method])
-                axes.plot(minutes, share.mean(0), lw=2, marker="o", ms=3, **look)
-                axes.fill_between(minutes, share.min(0), share.max(0), alpha=0.12, lw=0, **look)
+                axes.plot(minutes, share.mean(0), color=COLOURS[method], lw=2, marker="o", ms=3)
+                axes.fill_between(minutes, share.min(0), share.max(0), color=COLOURS[method], alpha=0.12,
+                                  lw=0)
                 ends.append((share.mean(0)[-1], minutes[-1], method))
         axes.set(xlabel="minutes of RL", ylabel="held-out rows solved, %", title=task.capitalize())
         axes.spines[["top", "right"]].set_visible(False)

@@ -95,9 +95,13 @@ def wd1_update(model, roll, draw, value, K=1, positive_only=False):
     return torch.ones(len(draw)), torch.stack(logp, 1), hidden, loss
 
 
+def mask_noise(draw):
+    """(O, 1, L + 1): how many of a mask pair's first half, then which; 24 draws are all of them."""
+    return torch.cat([(draw[:, None] // 6 + 0.5) / (L + 1), ORDERS[draw % 6]], 1)[:, None]
+
+
 def gdsd_update(model, roll, draw, value, match):
-    noise = torch.cat([(draw[:, None] // 6 + 0.5) / (L + 1), ORDERS[draw % 6]], 1)  # how many, then which
-    hidden = gdsd.mask_pairs(roll.valid, noise[:, None])[:, 0]  # (O, 2, L)
+    hidden = gdsd.mask_pairs(roll.valid, mask_noise(draw))[:, 0]  # (O, 2, L)
     c = gdsd.pair_score(model, roll, hidden, match, 1.0)[:, None]
     reward = value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), c, hidden, lambda at, o: gdsd.distillation_loss(
@@ -113,8 +117,7 @@ def diffu_grpo_update(model, roll, draw, value):
 
 
 def espo_update(model, roll, draw, value):
-    noise = torch.cat([(draw[:, None] // 6 + 0.5) / (L + 1), ORDERS[draw % 6]], 1)  # how many, then which
-    scored = espo.antithetic_masks(roll.valid, noise[:, None])  # (O, 2, L)
+    scored = espo.antithetic_masks(roll.valid, mask_noise(draw))  # (O, 2, L)
     E, reward = espo.elbo(model, roll, scored, 1.0)[:, None], value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), E, scored, lambda at, o: espo.sequence_loss(
         at, at.detach(), L, espo.advantage(reward[o], G)[:, None], 0.2)[0]
