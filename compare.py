@@ -1,13 +1,15 @@
 """Which method, at what cost: methods x variants x tasks x seeds, and every table and figure made from them.
 
-One run per process, as many at a time as there are cores, one thread each. A finished run is a line of
-results/runs.jsonl and is never repeated; stopped and started again, the others go on from their checkpoints.
+One run per process, as many at a time as there are cores, one thread each, all from the bases that are kept
+in results/bases. A finished run is a line of results/runs.jsonl and is never repeated; stopped and started
+again, the others go on from their checkpoints.
 
 python compare.py            all runs that are missing; --study main --seeds 3 for some of them
 python compare.py --report   the tables of README.md and results/README.md, between marks, and methods.png
 """
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -25,13 +27,14 @@ import tyro
 from tqdm import tqdm
 
 from common import refuse
-from pretrain import TINY, base_path
+from pretrain import TINY
 from report import plot_methods
 from run import git_commit
 from tasks import load
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "results" / "runs.jsonl"
+BASES = ROOT / "results" / "bases"  # of each task: pretrain.py builds other weights on another CPU
 MAIN = {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
     "wd1++": "wd1.py --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4 --updates 60",
@@ -84,10 +87,16 @@ def commands(args: Args) -> list[str]:
     return found
 
 
+@functools.cache
+def base_digest(task: str) -> str:
+    """Names the weights that the runs of a task start from."""
+    return hashlib.sha256((BASES / task / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
 def finished() -> dict[str, dict]:
     """The line of every finished run from today's bases, by its command."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    bases = {base_path(TINY[task].settings).name for task in TINY}
+    bases = set(map(base_digest, TINY))
     return {row["command"]: row for row in map(json.loads, lines) if row["base"] in bases}
 
 
@@ -97,8 +106,9 @@ def execute(command: str) -> dict:
     if not (out / "state.pt").exists():
         shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    script = command.split()[0]
-    argv = [script, "--resume", str(out)] if out.exists() else [*command.split(), "--out", str(out)]
+    script, base = command.split()[0], BASES / re.search(r"--task (\w+)", command)[1]
+    argv = [*command.split(), "--model", str(base), "--out", str(out)]
+    argv = [script, "--resume", str(out)] if out.exists() else argv
     with open(f"{out}.log", "w") as log:
         done = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=log, stderr=log,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -124,7 +134,7 @@ def line_of(command: str, out: Path) -> dict:
     correct = np.packbits([int(c) for _, c in last["answers"]]).tobytes().hex()
     return {"command": command, **{k: update[k] for k in kept}, "curve": curve, "adaptive": decoded,
             "rows": last["rows"], "correct": correct, "commit": git_commit(), "torch": last["torch"],
-            "base": base_path(TINY[last["args"]["task"]].settings).name,
+            "base": base_digest(last["args"]["task"]),
             "machine": f"{processor()}, one thread of {os.cpu_count()}"}
 
 

@@ -2,10 +2,10 @@
 
 Their Sudoku solutions and Countdown problems are in neither RL's nor the base's training data; held-out rows
 are not looked at. Four settings span lr, G, minibatches and prompts, two seeds each. Every run has the same
-CPU time on one thread, is then stopped by ctrl-C, and evaluated; one that is in results/tuning.jsonl is not
-repeated.
+CPU time on one thread, starts from results/bases, is then stopped by ctrl-C, and evaluated; one that is in
+results/tuning.jsonl is not repeated.
 
-python benchmarks/tune.py sudoku|countdown [jobs]        as many at a time; half an hour with 2 on 2 cores
+python benchmarks/tune.py sudoku|countdown [jobs]        as many at a time; an hour with 2 on 2 cores
 """
 
 import itertools
@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from compare import BASES, base_digest  # noqa: E402
 from run import git_commit  # noqa: E402
 from tasks import TINY_TASKS  # noqa: E402
 
@@ -51,8 +52,8 @@ def launch(task: str, method: str, setting: str, seed: int, folder: str):
     out = Path(folder, command.replace(" ", ""))
     quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                  stderr=subprocess.DEVNULL)
-    validation = ["--test_data", f"{folder}/validation.jsonl", "--out", out]
-    process = subprocess.Popen([sys.executable, *command.split(), *validation], **quiet)
+    where = ["--model", BASES / task, "--test_data", f"{folder}/validation.jsonl", "--out", out]
+    process = subprocess.Popen([sys.executable, *command.split(), *where], **quiet)
     while process.poll() is None and cpu_seconds(process.pid) < SECONDS:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -65,7 +66,7 @@ def launch(task: str, method: str, setting: str, seed: int, folder: str):
             "nfe_update_full")
     row = {"task": task, "method": method, "command": f"python {command}", "setting": setting, "seed": seed,
            "before": lines[0]["eval_accuracy"], "after": after, **{k: lines[-1][k] for k in kept},
-           "commit": git_commit()}
+           "base": base_digest(task), "commit": git_commit()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{method:10} {setting} {seed}: {after:.1%} after {row['update']} updates", flush=True)
