@@ -1,4 +1,4 @@
-"""Which method, at what cost: methods x variants x tasks x seeds, and every table and figure made from them.
+"""Which method, at what cost: methods x variants x tasks x seeds, and the tables and the figure of them.
 
 One run per process, as many at a time as there are cores, one thread each, all from the bases that are kept
 in results/bases. A finished run is a line of results/runs.jsonl and is never repeated; stopped and started
@@ -26,11 +26,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from benchmarks import tables
 from common import refuse
 from pretrain import TINY
 from report import plot_methods
 from run import git_commit
-from tasks import load
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "results" / "runs.jsonl"
@@ -93,16 +93,20 @@ def base_digest(task: str) -> str:
     return hashlib.sha256((BASES / task / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def finished() -> dict[str, dict]:
-    """The line of every finished run from today's bases, by its command."""
+def finished(kept: bool = True) -> dict[str, dict]:
+    """The line of every finished run from the kept bases, or else from earlier ones, by its command."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
     bases = set(map(base_digest, TINY))
-    return {row["command"]: row for row in map(json.loads, lines) if row["base"] in bases}
+    return {row["command"]: row for row in map(json.loads, lines) if (row["base"] in bases) == kept}
+
+
+def run_folder(command: str) -> Path:
+    return ROOT / "runs" / "compare" / re.sub(r"[^\w.+-]+", "_", command)
 
 
 def execute(command: str) -> dict:
     """Make a run, or go on with it, and return its line. RuntimeError if it fails."""
-    out = ROOT / "runs" / "compare" / re.sub(r"[^\w.+-]+", "_", command)
+    out = run_folder(command)
     if not (out / "state.pt").exists():
         shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -166,28 +170,9 @@ def make(args: Args):
 # ----------------------------------------------------------------------------------------------- the report
 
 
-@functools.cache
-def clusters(task: str) -> np.ndarray:
-    """(rows,) held-out rows that are not independent share a number: one solution grid, the same numbers."""
-    rows = load(task, chat=False, train=False).test
-    keys = [row.get("solution") or str(sorted(row["numbers"])) for row in rows]
-    return np.unique(keys, return_inverse=True)[1]
-
-
-def interval(runs: list[dict], cluster: np.ndarray) -> str:
-    """Mean solved share of the runs, %, and its 95 % interval: seeds and clusters drawn with replacement."""
-    if not runs:
-        return "not measured"
-    packed = np.stack([np.frombuffer(bytes.fromhex(row["correct"]), np.uint8) for row in runs])
-    right = np.unpackbits(packed, axis=1)[:, : len(cluster)]  # (seeds, rows)
-    sums = np.stack([np.bincount(cluster, row) for row in right])  # (seeds, clusters)
-    sizes, rng, means = np.bincount(cluster), np.random.default_rng(0), []
-    for _ in range(2000):
-        seeds = rng.integers(len(runs), size=len(runs))
-        drawn = rng.integers(len(sizes), size=len(sizes))
-        means.append(100 * sums[seeds][:, drawn].sum() / sizes[drawn].sum() / len(runs))
-    low, high = np.quantile(means, (0.025, 0.975))
-    return f"**{100 * right.mean():.1f}** [{low:.0f}, {high:.0f}]"
+def main_runs(there: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
+    """The finished runs of each task and method, seed by seed."""
+    return {task: {method: of(there, command, task) for method, command in MAIN.items()} for task in TINY}
 
 
 def of(there: dict[str, dict], command: str, task: str) -> list[dict]:
@@ -196,104 +181,37 @@ def of(there: dict[str, dict], command: str, task: str) -> list[dict]:
     return [row for row in found if row]
 
 
-def main_runs(there: dict[str, dict], task: str) -> dict[str, list[dict]]:
-    """The finished runs of each method."""
-    return {method: of(there, command, task) for method, command in MAIN.items()}
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def adaptive(runs: list[dict], when: int) -> str:
-    """Solved by adaptive decoding before (when = 0) or after (1) training, and the forwards a row it took."""
-    share, nfe = np.mean([row["adaptive"][when] for row in runs], 0)
-    return f"{100 * share:.1f} ({nfe:.1f})"
-
-
-def cells(runs: list[dict], cluster: np.ndarray) -> list[str]:
-    """What a method reaches and what it takes: solved, minutes, forwards, adaptive decoding."""
-    if not runs:
-        return ["not measured", "", "", ""]
-    made = np.mean([row["nfe_rollout"] + row["nfe_update"] for row in runs]) / 1000
-    full = np.mean([row["curve"][-1][2] for row in runs]) / 1000
-    minutes = np.median([row["seconds"] for row in runs]) / 60
-    return [interval(runs, cluster), f"{minutes:.1f}", f"{made:.0f} of {full:.0f}", adaptive(runs, 1)]
-
-
-def main_table(there: dict[str, dict]) -> str:
-    """The README's: every method on both tasks."""
-    columns = []  # of the first task all four, of the second two
-    for task, kept in zip(TINY, (4, 2), strict=True):
-        every, cluster = main_runs(there, task), clusters(task)
-        first = sum(every.values(), [])[:1]
-        base = [f"{100 * first[0]['curve'][0][3]:.1f}", "", "", adaptive(first, 0)] if first else [""] * 4
-        columns.append([base[:kept], *[cells(runs, cluster)[:kept] for runs in every.values()]])
-    names = ["the base", *MAIN]
-    rows = [[name, *sum(parts, [])] for name, *parts in zip(names, *columns, strict=True)]
-    return table(["method", "Sudoku, %", "minutes", "k forwards made, of", "adaptive: % (forwards a row)",
-                  "Countdown, %", "minutes"], rows)
-
-
-def budget_table(there: dict[str, dict], task: str) -> str:
-    """Each seed; solved at the largest budget that every run spent; what half of the rows cost."""
-    runs = {method: found for method, found in main_runs(there, task).items() if found}
-    if not runs:
-        return "not measured"
-    least = [min(row["curve"][-1][column] for found in runs.values() for row in found) for column in (2, 1)]
-    rows = []
-    for method, found in runs.items():
-        solved = ", ".join(f"{100 * row['curve'][-1][3]:.1f}" for row in found)
-        row = [f"{method}: `{MAIN[method]}`", solved, adaptive(found, 1)]
-        for column, budget in zip((2, 1), least, strict=True):
-            curves = [np.array(row["curve"])[:, (column, 3)].T for row in found]
-            share = np.mean([np.interp(budget, *curve) for curve in curves])
-            costs = [np.interp(0.5, *curve[::-1]) for curve in curves if curve[1].max() >= 0.5]
-            cost = f"{np.mean(costs) / (1000 if column == 2 else 1):.0f}" if len(costs) == len(found) else "–"
-            row += [f"{100 * share:.1f}", cost]
-        rows.append([*row, PAPER[task].get(method, "–")])
-    return table(["method", "seeds 1, 2, ...: solved, %", "adaptive: % (forwards a row)",
-                  f"after {least[0] / 1000:.0f}k forwards", "k forwards to 50 %", f"after {least[1]:.0f} s",
-                  "seconds to 50 %", f"paper (from {PAPER[task]['before']})"], rows)
-
-
-def ablation_table(there: dict[str, dict]) -> str:
-    cluster, rows = clusters("sudoku"), []
-    for method, change in [(m, c) for m, changes in ABLATIONS.items() for c in ["", *changes]]:
-        runs = of(there, f"{MAIN[method]} {change}".strip(), "sudoku")[:3]
-        rows.append([method, f"`{change}`" if change else "default", interval(runs, cluster),
-                     adaptive(runs, 1) if runs else ""])
-    return table(["method", "change", "solved, %", "adaptive: % (forwards a row)"], rows)
-
-
-def long_table(there: dict[str, dict]) -> str:
-    rows = [[f"`python {command}`", ", ".join(f"{point[0]}: {100 * point[3]:.1f}" for point in row["curve"]),
-             f"{row['seconds'] / 60:.1f}"] for command in LONG if (row := there.get(command))]
-    return table(["run", "update: solved, %", "minutes"], rows)
-
-
-def fill(text: str, tables: dict[str, str]) -> str:
-    """The text with what stands between <!-- name --> and <!-- end --> made anew."""
-    def anew(found: re.Match) -> str:
-        return f"<!-- {found[1]} -->\n{tables[found[1]]}\n<!-- end -->"
-
-    return re.sub(r"<!-- ([\w ]+) -->\n.*?\n<!-- end -->", anew, text, flags=re.DOTALL)
-
-
-def tables(there: dict[str, dict]) -> dict[str, str]:
+def every_table() -> dict[str, str]:
     """Every generated text, by the name in its marks."""
-    made = {"main": main_table(there), "ablations": ablation_table(there), "long": long_table(there)}
-    return made | {f"budget {task}": budget_table(there, task) for task in TINY}
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
+
+    there = finished()
+    runs = main_runs(there)
+    tuned = lines("tuning.jsonl")
+    changed = [(method, change, of(there, f"{MAIN[method]} {change}".strip(), "sudoku")[:3])
+               for method, changes in ABLATIONS.items() for change in ["", *changes]]
+    return {
+        "main": tables.main_table(runs),
+        **{f"budget {task}": tables.budget_table(runs[task], MAIN, PAPER[task]) for task in TINY},
+        "long": tables.long_table([there[command] for command in LONG if command in there]),
+        "ablations": tables.ablation_table(changed),
+        "earlier": tables.earlier_table(finished(kept=False), list(TINY)),
+        **{f"tuning {task}": tables.tuning_table([line for line in tuned if line["task"] == task])
+           for task in TINY},
+        "tree": tables.tree_table(lines("tree.jsonl")),
+        "nats": tables.nats_table(lines("tree.jsonl")),
+        "gradients": tables.gradients_table(lines("gradients.jsonl")),
+    }
 
 
 def report():
-    there = finished()
-    made = tables(there)
+    """Rebuild every table, and the figure of the runs."""
+    made = every_table()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
-        file.write_text(fill(file.read_text(), made))
-    curves = {task: {method: np.array([row["curve"] for row in runs])
-                     for method, runs in main_runs(there, task).items()} for task in TINY}
+        file.write_text(tables.fill(file.read_text(), made))
+    curves = {task: {method: np.array([row["curve"] for row in found]) for method, found in methods.items()}
+              for task, methods in main_runs(finished()).items()}
     plot_methods(curves, ROOT / "results" / "methods.png")
 
 

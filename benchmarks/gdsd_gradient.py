@@ -11,12 +11,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import attention, canvas, denoise, encode, generator, group_noise  # noqa: E402
+from compare import BASES  # noqa: E402
 from gdsd import READ, mask_pairs  # noqa: E402
 from models import load_model  # noqa: E402
-from pretrain import TINY, base_folder  # noqa: E402
 from tasks import sudoku  # noqa: E402
 
-model, rows = load_model(str(base_folder(TINY["sudoku"].settings))), sudoku().train[:256]
+model, rows = load_model(str(BASES / "sudoku")), sudoku().train[:256]
 prompt, mask = encode(model, [row["prompt"] for row in rows])
 gens = [generator("cpu", 0, i) for i in range(len(rows))]
 roll = denoise(model, prompt, mask, gens, L=16, S=8, block=16)

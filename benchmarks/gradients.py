@@ -14,7 +14,7 @@ batch; GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO
               and update (GDSD's old scores are its new ones here): the forwards after which the average of
               updates is as much noise as signal, median
 
-python benchmarks/gradients.py        two minutes; results/gradients.jsonl, gradients.png, and a table
+python benchmarks/gradients.py        two minutes; results/gradients.jsonl and gradients.png
 """
 
 import functools
@@ -152,8 +152,8 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "wd1++": (TOP_PROB, wd1_update, 1, dict(K=S)),
     "wd1": (TOP_PROB, wd1_update, 1, {}),
     "wd1, positive only": (TOP_PROB, wd1_update, 1, dict(positive_only=True)),
-    "GDSD logp": (TOP_PROB, gdsd_update, 24, dict(match="logp")),
-    "GDSD tlc": (TOP_PROB, gdsd_update, 24, dict(match="tlc")),
+    "GDSD": (TOP_PROB, gdsd_update, 24, dict(match="logp")),
+    "GDSD-TLC": (TOP_PROB, gdsd_update, 24, dict(match="tlc")),
     "diffu-GRPO": (TOP_PROB, diffu_grpo_update, 1, {}),
     "ESPO": (TOP_PROB, espo_update, 24, {}),
     "JustGRPO": (LEFT_TO_RIGHT, just_grpo_update, 1, {}),
@@ -227,9 +227,4 @@ if __name__ == "__main__":
                 "noise": statistics.median(noise)})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (ROOT / "results" / "gradients.jsonl").write_text(text)
-    print("| update | own: cosine | lowest | bias | noise | shared: cosine | lowest | bias | noise |")
-    print("|---" * 9 + "|")
-    for pair in zip(lines[: len(VARIANTS)], lines[len(VARIANTS) :], strict=True):
-        cells = "{cosine_mean:.3f} | {cosine_lowest:.3f} | {bias:.2g} | {noise:.0f} |"
-        print(f"| {pair[0]['variant']} |", *(cells.format(**line) for line in pair))
     figures.gradients()

@@ -1,16 +1,21 @@
-"""What it saves to evaluate each distinct canvas once: seconds and forwards of an update, without and with.
+"""What it saves to evaluate each distinct canvas once: seconds, forwards and memory, without and with.
 
-Six updates of each method's defaults from the base, then six from the model that a default run ended with
-(runs/<method>-sudoku-1: run `python <method>.py` first); both ways in one process by turns, medians. Without:
-every row and every pair with an advantage is evaluated (what has none is left out in both).
+Six updates of each method's defaults from the base, then six from the model that a run of them ended with
+(`python compare.py --study main --task sudoku --seeds 1` first); both ways by turns, each in a process of its
+own, medians. Without: every row and every pair with an advantage is evaluated (what has none is left out in
+both).
 
-python benchmarks/tree.py        a minute a line; adds them to results/tree.jsonl
+python benchmarks/tree.py            a minute or two a line; adds them to results/tree.jsonl
+python benchmarks/tree.py entropy    the share of canvases that are distinct by step, at several temperatures,
+                                     and the entropy of what was drawn before it
 """
 
 import contextlib
 import importlib
 import io
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
@@ -23,10 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import run  # noqa: E402
-
-WAYS = {"EGSPO-SA": "egspo", "RLDF": "rldf", "wd1": "wd1", "GDSD logp": "gdsd",
-        "wd1++": "wd1 --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4"}
-shared = common.distinct
+from compare import BASES, MAIN, processor, run_folder  # noqa: E402
+from models import load_model  # noqa: E402
+from tasks import sudoku  # noqa: E402
 
 
 def every_row(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,43 +39,70 @@ def every_row(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return everything, everything
 
 
-def updates(command: str, model: str, distinct, folder: str) -> list[dict]:
-    """The log of six updates."""
-    name, *flags = command.split()
-    module, common.distinct = importlib.import_module(name), distinct
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        sys.argv = [f"{name}.py", *flags, *"--updates 6 --eval_rows 1 --eval_threshold 0 --seed 5".split(),
+def updates(command: str, model: str, way: str) -> tuple[list[dict], float]:
+    """The log of six updates, and the most GiB this process has held."""
+    script, *flags = command.split()
+    name = script.removesuffix(".py")
+    module = importlib.import_module(name)
+    if way == "without":
+        common.distinct = every_row
+    with tempfile.TemporaryDirectory() as out:
+        sys.argv = [script, *flags, *"--updates 6 --eval_rows 1 --eval_threshold 0 --seed 5".split(),
                     "--model", model, "--out", f"{out}/run"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             module.train(run.parse_args(module.Args, name, module.COUNTDOWN, module.LLM))
         lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return [line for line in lines if "loss" in line], peak
 
 
-def compare(method: str, model: str, where: str, folder: str):
-    """A line for one method from one model."""
-    logs = {"without": [], "with": []}
-    for _ in range(2):  # by turns
-        logs["without"].append(updates(WAYS[method], model, every_row, folder))
-        logs["with"].append(updates(WAYS[method], model, shared, folder))
-    row = {"method": method, "from": where, "threads": torch.get_num_threads(), "commit": run.git_commit()}
-    for way, runs in logs.items():
-        took = [sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update"))
-                for lines in runs for line in lines]
-        row[f"seconds_{way}"] = round(statistics.median(took), 3)
-        row[f"forwards_{way}"] = round((runs[0][-1]["nfe_rollout"] + runs[0][-1]["nfe_update"]) / 6)
-    row["speedup"] = round(row["seconds_without"] / row["seconds_with"], 2)
-    row["equal_groups"] = round(statistics.mean(line["equal_groups"] for line in logs["with"][0]), 3)
+def add(row: dict):
     with open(ROOT / "results" / "tree.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
 
 
+def compare(method: str, model: str, where: str):
+    """A line for one method from one model."""
+    logs, peaks = {"without": [], "with": []}, {"without": 0.0, "with": 0.0}
+    for way in list(logs) * 2:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            log, peak = pool.apply(updates, (MAIN[method], model, way))
+        logs[way].append(log)
+        peaks[way] = max(peaks[way], peak)
+    row = {"method": method, "from": where, "threads": torch.get_num_threads(), "commit": run.git_commit(),
+           "machine": processor()}
+    for way, runs in logs.items():
+        took = [sum(line[f"seconds_{phase}"] for phase in ("rollout", "reward", "update"))
+                for lines in runs for line in lines]
+        row[f"seconds_{way}"] = round(statistics.median(took), 2)
+        row[f"forwards_{way}"] = round((runs[0][-1]["nfe_rollout"] + runs[0][-1]["nfe_update"]) / 6)
+        row[f"peak_gib_{way}"] = round(peaks[way], 2)
+    row["speedup"] = round(row["seconds_without"] / row["seconds_with"], 2)
+    row["equal_groups"] = round(statistics.mean(line["equal_groups"] for line in logs["with"][0]), 3)
+    add(row)
+
+
+def by_entropy(prompts: int = 32, G: int = 16, S: int = 8):
+    """Lines of the base's rollouts, from cold to hot."""
+    model, rows = load_model(str(BASES / "sudoku")), sudoku().train[:prompts]
+    tokens, mask = common.encode(model, [row["prompt"] for row in rows for _ in range(G)])
+    for temperature in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
+        gens = [common.generator("cpu", 5, "tree", i) for i in range(prompts)]
+        roll = common.denoise(model, tokens, mask, gens, L=16, S=S, block=16, temperature=temperature)
+        drawn = common.per_step(roll.entropy, roll.step, S).mean(0)  # nats of a row, at each step
+        states = [common.canvas(roll, roll.step >= s) for s in range(S)]
+        add({"temperature": temperature, "G": G, "commit": run.git_commit(),
+             "nats_before": [round(nats, 2) for nats in (drawn.cumsum(0) - drawn).tolist()],
+             "distinct": [round(len(common.distinct(x)[0]) / len(x), 3) for x in states]})
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        for method, command in WAYS.items():
-            compare(method, "tiny", "the base", folder)
-            name = "wd1pp" if "plusplus" in command else command.split()[0]
-            trained = ROOT / "runs" / f"{name}-sudoku-1" / "model"
-            if trained.is_dir():
-                compare(method, str(trained), "the end of a default run", folder)
+    if sys.argv[1:] == ["entropy"]:
+        by_entropy()
+        sys.exit()
+    for method in ("EGSPO-SA", "RLDF", "wd1", "wd1++", "GDSD"):
+        compare(method, str(BASES / "sudoku"), "the base")
+        trained = run_folder(f"{MAIN[method]} --task sudoku --seed 1") / "model"
+        if trained.is_dir():
+            compare(method, str(trained), "the end of a default run")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import compare
+from benchmarks import tables
 from conftest import ROOT
 
 STUB = """
@@ -61,8 +62,10 @@ def test_a_run_is_made_once_and_a_stopped_one_goes_on(folder, capsys):
     assert list(rows) and set(rows) == set(compare.commands(args)) and len(rows) == 3
     first, second, third = starts(folder)
     assert len(first) == len(third) == 1 and len(second) == 2 and second[1].startswith("--resume ")
-    compare.RUNS.write_text(compare.RUNS.read_text().replace('"base": "tiny-', '"base": "old-'))
-    assert compare.finished() == {}  # from another base
+    assert all(f"--model {compare.BASES / 'sudoku'} " in start[0] for start in (first, second, third))
+    compare.RUNS.write_text(compare.RUNS.read_text().replace(compare.base_digest("sudoku"), "another"))
+    assert compare.finished() == {} and compare.finished(kept=False) == {
+        command: row | {"base": "another"} for command, row in rows.items()}
     row = rows["egspo.py --lam 0 --task sudoku --seed 1"]
     assert row["curve"] == [[0, 0, 0, 0.25], [5, 2.0, 40, 0.5]] and row["adaptive"] == [[0.25, 4], [0.5, 4]]
     assert np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8)).tolist() == [1, 0] * 8
@@ -83,7 +86,7 @@ def test_interval_against_a_slow_one():
     rng, cluster = np.random.default_rng(5), np.repeat(np.arange(8), [1, 9, 5, 5, 5, 5, 5, 5])
     right = (rng.random((3, 8))[:, cluster] > 0.5).astype(int)  # a cluster is solved whole, or not
     runs = [{"correct": np.packbits(row).tobytes().hex()} for row in right]
-    value, low, high = map(float, re.findall(r"[\d.]+", compare.interval(runs, cluster)))
+    value, low, high = map(float, re.findall(r"[\d.]+", tables.interval(runs, cluster)))
     means = []
     for _ in range(4000):
         chosen = [row for cluster_ in rng.integers(8, size=8) for row in np.flatnonzero(cluster == cluster_)]
@@ -95,13 +98,13 @@ def test_interval_against_a_slow_one():
 
 
 def test_the_readmes_hold_what_the_runs_say():
-    made = compare.tables(compare.finished())
+    made = compare.every_table()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         text = file.read_text()
-        assert compare.fill(text, made) == text, f"python compare.py --report rewrites {file}"
+        assert tables.fill(text, made) == text, f"python compare.py --report rewrites {file}"
     names = [name for file in ("README.md", "results/README.md")
              for name in re.findall(r"^<!-- ([\w ]+) -->\n", (ROOT / file).read_text(), re.MULTILINE)]
     assert set(names) - {"end"} == set(made)
     broken = (ROOT / "README.md").read_text().replace("| the base |", "| the bass |", 1)
-    assert compare.fill(broken, made) != broken
+    assert tables.fill(broken, made) != broken
     assert json.dumps(made)  # text alone
