@@ -61,9 +61,9 @@ def gradients():
         keys = "cosine_mean", "cosine_lowest", "noise"
         cosine, lowest, noise = ([line[key] for line in found] for key in keys)
         left.hlines(y, lowest, cosine, color=colour, lw=1.2)
-        left.scatter(cosine, y, 22, colour, marker, zorder=3)
-        right.scatter(noise, y, 22, colour, marker, zorder=3)
-        left.scatter(-0.25, row, 22, colour, marker)
+        left.scatter(cosine, y, 22, colour, marker=marker, zorder=3)
+        right.scatter(noise, y, 22, colour, marker=marker, zorder=3)
+        left.scatter(-0.25, row, 22, colour, marker=marker)
         left.annotate(label, (-0.2, row), color=colour, va="center", fontsize=9)
     left.set(xlabel="cosine with the exact gradient\n(dot: mean of the models, line: to the lowest)",
              xlim=(-0.33, 1.05), yticks=range(len(found)), yticklabels=[line["variant"] for line in found])
