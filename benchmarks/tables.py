@@ -88,6 +88,14 @@ def seeds_line(runs: dict[str, dict[str, list[dict]]]) -> str:
     return f"Seeds: {usual} of each" + (f", but {', '.join(others)}." if others else ".")
 
 
+def cost_of_half(cost: np.ndarray, share: np.ndarray) -> float | None:
+    """Where a curve first reaches a solved share of one half, between its points; None: it does not."""
+    if share.max() < 0.5:
+        return None
+    i = int((share >= 0.5).argmax())
+    return float(np.interp(0.5, share[max(0, i - 1) : i + 1], cost[max(0, i - 1) : i + 1]))
+
+
 def budget_table(runs: dict[str, list[dict]], commands: dict[str, str], paper: dict[str, str]) -> str:
     """Each seed; solved at the largest budget that every run spent; what half of the rows cost."""
     runs = {method: found for method, found in runs.items() if found}
@@ -101,9 +109,9 @@ def budget_table(runs: dict[str, list[dict]], commands: dict[str, str], paper: d
         for column, budget in zip((2, 1), least, strict=True):
             curves = [np.array(row["curve"])[:, (column, 3)].T for row in found]
             share = np.mean([np.interp(budget, *curve) for curve in curves])
-            costs = [np.interp(0.5, *curve[::-1]) for curve in curves if curve[1].max() >= 0.5]
-            cost = f"{np.mean(costs) / (1000 if column == 2 else 1):.0f}" if len(costs) == len(found) else "–"
-            row += [percent(share), cost]
+            costs = [cost_of_half(*curve) for curve in curves]
+            scale = 1000 if column == 2 else 1
+            row += [percent(share), "–" if None in costs else f"{np.mean(costs) / scale:.0f}"]
         rows.append([*row, paper.get(method, "–")])
     return table(["method", "seeds 1, 2, ...: solved, %", "adaptive: % (forwards a row)",
                   f"after {least[0] / 1000:.0f}k forwards", "k forwards to 50 %", f"after {least[1]:.0f} s",

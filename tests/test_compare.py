@@ -97,6 +97,13 @@ def test_interval_against_a_slow_one():
     assert np.abs(np.quantile(alone, (0.025, 0.975)) * 100 - [low, high]).max() > 5  # rows as if independent
 
 
+def test_the_cost_of_half_is_that_of_the_first_crossing():
+    cost = np.array([0.0, 10, 20, 30, 40])
+    assert tables.cost_of_half(cost, np.array([0.3, 0.4, 0.6, 0.45, 0.7])) == 15  # not the second one
+    assert tables.cost_of_half(cost, np.array([0.5, 0.4, 0.6, 0.45, 0.7])) == 0
+    assert tables.cost_of_half(cost, np.array([0.3, 0.4, 0.49, 0.45, 0.2])) is None
+
+
 def test_the_readmes_hold_what_the_runs_say():
     made = compare.every_table()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
