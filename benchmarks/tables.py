@@ -147,15 +147,15 @@ def earlier_table(runs: dict[str, dict], tasks: list[str]) -> str:
 
 
 def tuning_table(lines: list[dict]) -> str:
-    """Of each method and setting what each seed solved of the validation rows, and the updates it made."""
+    """Of each method and setting what every run solved of the validation rows, and the updates it made."""
     settings = list(dict.fromkeys(line["setting"] for line in lines))
     rows = []
     for method in dict.fromkeys(line["method"] for line in lines):
         row = [method]
         for setting in settings:
             found = [line for line in lines if (line["method"], line["setting"]) == (method, setting)]
-            updates = ", ".join(str(line["update"]) for line in found)
-            row.append(f"{', '.join(percent(line['after']) for line in found)} ({updates})")
+            row.append(", ".join(("**{:.1f}** ({})" if line["limit"] > 60 else "{:.1f} ({})").format(
+                100 * line["after"], line["update"]) for line in found))
         rows.append(row)
     return table(["solved, % (updates)", *(f"`{setting}`" for setting in settings)], rows)
 

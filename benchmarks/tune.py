@@ -1,14 +1,14 @@
-"""The one protocol of tuning: the same settings for every method, on validation rows.
+"""The one protocol of tuning: the same settings for every method, on validation rows, in two rounds.
 
-Their Sudoku solutions and Countdown problems are in neither RL's nor the base's training data; held-out rows
-are not looked at. Four settings span lr, G, minibatches and prompts, two seeds each. Every run has the same
-CPU time on one thread, starts from results/bases, is then stopped by ctrl-C, and evaluated; one that is in
-results/tuning.jsonl is not repeated.
+Validation rows: their Sudoku solutions and Countdown problems are in neither RL's nor the base's training
+data; held-out rows are not looked at. Five settings span lr, G, minibatches and prompts. First all of them
+for a minute, which misleads about what lasts; then each method's best two, with another seed, for as long as
+a default run takes. Time is that of one CPU thread. A run starts from results/bases, is stopped by ctrl-C
+when its time is up, and evaluated; one that is in results/tuning.jsonl is not repeated.
 
 python benchmarks/tune.py sudoku|countdown [jobs]        as many at a time; an hour with 2 on 2 cores
 """
 
-import itertools
 import json
 import os
 import signal
@@ -36,8 +36,9 @@ METHODS = {
 SETTINGS = [
     "--lr 1e-4 --G 8 --minibatches 4 --prompts 32", "--lr 1e-4 --G 16 --minibatches 4 --prompts 16",
     "--lr 2e-4 --G 8 --minibatches 2 --prompts 16", "--lr 2e-4 --G 16 --minibatches 2 --prompts 32",
+    "--lr 3e-5 --G 8 --minibatches 4 --prompts 32",
 ]
-SECONDS = 60  # of CPU time, with start-up and the evaluation before training
+ROUNDS = [(11, 60), (12, 150)]  # seed; seconds, with start-up and the evaluation before training
 FIXED = "--updates 10000 --eval_every 10000 --save_every 10000 --eval_rows 512 --eval_threshold 0"
 
 
@@ -46,7 +47,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def launch(task: str, method: str, setting: str, seed: int, folder: str):
+def launch(task: str, method: str, setting: str, seed: int, limit: int, folder: str):
     """One run; its line is added to the results."""
     command = f"{METHODS[method]} --task {task} {setting} {FIXED} --seed {seed}"
     out = Path(folder, command.replace(" ", ""))
@@ -54,7 +55,7 @@ def launch(task: str, method: str, setting: str, seed: int, folder: str):
                  stderr=subprocess.DEVNULL)
     where = ["--model", BASES / task, "--test_data", f"{folder}/validation.jsonl", "--out", out]
     process = subprocess.Popen([sys.executable, *command.split(), *where], **quiet)
-    while process.poll() is None and cpu_seconds(process.pid) < SECONDS:
+    while process.poll() is None and cpu_seconds(process.pid) < limit:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130, command
@@ -65,22 +66,36 @@ def launch(task: str, method: str, setting: str, seed: int, folder: str):
     kept = ("update", "seconds", "entropy", "equal_groups", "nfe_rollout", "nfe_rollout_full", "nfe_update",
             "nfe_update_full")
     row = {"task": task, "method": method, "command": f"python {command}", "setting": setting, "seed": seed,
+           "limit": limit,
            "before": lines[0]["eval_accuracy"], "after": after, **{k: lines[-1][k] for k in kept},
            "base": base_digest(task), "commit": git_commit()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{method:10} {setting} {seed}: {after:.1%} after {row['update']} updates", flush=True)
+    print(f"{method:10} {setting} {seed}, {limit} s: {after:.1%} after {row['update']} updates", flush=True)
+
+
+def done(task: str) -> dict[tuple, float]:
+    """The solved share of each run of the two rounds that has been made."""
+    rows = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
+    return {(row["method"], row["setting"], row["seed"], row["limit"]): row["after"]
+            for row in rows if row["task"] == task}
 
 
 def tune(task: str, jobs: int):
-    rows = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
-    there = {(row["task"], row["method"], row["setting"], row["seed"]) for row in rows}
-    missing = [job for seed in (11, 12) for job in itertools.product([task], METHODS, SETTINGS, [seed])
-               if job not in there]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         rows = TINY_TASKS[task].sources["validation"]()
         Path(folder, "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        list(pool.map(lambda job: launch(*job, folder), missing))
+        settings = dict.fromkeys(METHODS, SETTINGS)
+        for seed, limit in ROUNDS:
+            there = done(task)
+            missing = [job for method in METHODS for setting in settings[method]
+                       if (job := (method, setting, seed, limit)) not in there]
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(lambda job: launch(task, *job, folder), missing))
+            there = done(task)
+            for method in METHODS:
+                best = sorted(SETTINGS, key=lambda setting: -there.get((method, setting, seed, limit), 0.0))
+                settings[method] = best[:2]
 
 
 if __name__ == "__main__":
