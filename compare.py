@@ -37,7 +37,7 @@ RUNS = ROOT / "results" / "runs.jsonl"
 BASES = ROOT / "results" / "bases"  # of each task: pretrain.py builds other weights on another CPU
 MAIN = {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
-    "wd1++": "wd1.py --plusplus --K 4 --passes 1 --G 16 --minibatches 2 --lr 2e-4 --updates 60",
+    "wd1++": "wd1.py --plusplus --passes 1 --prompts 16 --minibatches 2 --lr 2e-4 --updates 200",
     "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc", "diffu-GRPO": "baselines/diffu_grpo.py",
     "ESPO": "baselines/espo.py", "JustGRPO": "baselines/just_grpo.py",
 }
@@ -49,9 +49,9 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; S
     "wd1++": ["--positive_only"],
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
-LONG = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 360" for seed in (1, 2, 3)]
+LONG = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 800" for seed in (1, 2, 3)]  # five minutes
 LONG += [f"{MAIN[method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
-         for method, updates in (("EGSPO-SA", 1500), ("RLDF", 1000))]
+         for method, updates in (("EGSPO-SA", 3200), ("wd1++", 2000), ("RLDF", 1600))]
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",
                "GDSD-TLC": "92.0"},

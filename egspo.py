@@ -50,13 +50,13 @@ from run import Flags, Run, evaluate_only, parse_args, setup
 
 @dataclass
 class Args(Flags):
-    prompts: int = 32  # prompts per rollout
+    prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 150  # rollouts, each with its optimizer steps
+    updates: int = 320  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)
@@ -72,13 +72,12 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, updates=300)
+COUNTDOWN = dict(prompts=32, L=8, S=4, block=4, updates=300)
 
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(
     prompts=4, G=8, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, K=8, beta=0.04,
-    lr=1e-6, grad_norm=0.2)
+    eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, K=8, beta=0.04, lr=1e-6, grad_norm=0.2)
 
 
 def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:

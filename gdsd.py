@@ -42,31 +42,30 @@ from run import Flags, Run, evaluate_only, parse_args, setup
 
 @dataclass
 class Args(Flags):
-    prompts: int = 32  # prompts per rollout
+    prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 12  # rollouts, each with its optimizer steps
+    updates: int = 20  # rollouts, each with its optimizer steps
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     num_mc: int = 2  # mask pairs per row (paper: 2)
     psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10; see above)
     beta: float = 0.0  # weight of the reference (paper: 1e-3; see above); 0: no reference model
     passes: int = 2  # mu, passes per rollout (paper: 8)
-    minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 2e-4  # AdamW (paper: 3e-6; MATH 1e-5)
+    minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
+    lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, G=8, updates=100)
+COUNTDOWN = dict(G=8, L=8, S=4, block=4, minibatches=2, lr=2e-4, updates=100)
 
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(
     prompts=2, G=16, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, psi=20.0, beta=0.064, passes=8, lr=3e-6,
-    grad_norm=0.2)
+    eval_threshold=0.0, save_every=50, minibatches=1, psi=20.0, beta=0.064, passes=8, lr=3e-6, grad_norm=0.2)
 
 
 def advantage(reward: Tensor, G: int) -> Tensor:

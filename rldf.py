@@ -48,7 +48,7 @@ class Args(Flags):
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 100  # rollouts, each with its optimizer steps
+    updates: int = 160  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
     K: int = 4  # denoising steps per row (paper: k = 4)
@@ -70,7 +70,7 @@ COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=4, lr=1e-4, updates=200)
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(
     prompts=8, G=4, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, beta=0.01, lr=1e-6)
+    eval_threshold=0.0, save_every=50, minibatches=1, beta=0.01, lr=1e-6)
 
 
 def step_surprise(roll: Rollout) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class Flags:
     out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
     resume: str = ""  # go on with this run folder
     eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
-    eval_every: int = 25  # updates between evaluations on the held-out rows
+    eval_every: int = 50  # updates between evaluations on the held-out rows
     eval_threshold: float = 0.9  # evaluate adaptive decoding, too, before and after training; 0: do not
     eval_rows: int = 1024  # held-out rows evaluated, at most
     save_every: int = 10  # updates between checkpoints

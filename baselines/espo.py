@@ -40,28 +40,28 @@ from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
 @dataclass
 class Args(Flags):
     prompts: int = 32  # prompts per rollout
-    G: int = 16  # samples per prompt (a group)
+    G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 12  # rollouts, each with its optimizer steps
+    updates: int = 26  # rollouts, each with its optimizer steps
     num_mc: int = 2  # masks per row, each with its complement (paper: not read)
     eps: float = 0.2  # clip of the ratio of a whole completion (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
     passes: int = 2  # passes per rollout (paper: not read)
-    minibatches: int = 2  # optimizer steps per pass, each on whole groups
+    minibatches: int = 4  # optimizer steps per pass, each on whole groups
     lr: float = 1e-4  # AdamW
     grad_norm: float = 1.0  # gradient clipping
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, G=8, updates=100)
+COUNTDOWN = dict(prompts=16, L=8, S=4, block=4, minibatches=2, updates=100)
 
 # Where a model that reads words starts from: GDSD's settings, whose baseline it is (ESPO's were not read).
 LLM = dict(
     prompts=2, G=16, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, passes=8, lr=3e-6, grad_norm=0.2)
+    eval_threshold=0.0, save_every=50, minibatches=1, passes=8, lr=3e-6, grad_norm=0.2)
 
 
 def advantage(reward: Tensor, G: int) -> Tensor:

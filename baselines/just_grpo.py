@@ -42,13 +42,13 @@ from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
 
 @dataclass
 class Args(Flags):
-    prompts: int = 32  # prompts per rollout
+    prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps of an evaluation; a rollout takes L, a token each (LLM: 128)
     block: int = 16  # tokens per block in an evaluation; 1 in a rollout (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 40  # rollouts, each with its optimizer steps
+    updates: int = 48  # rollouts, each with its optimizer steps
     grpo_norm: bool = False  # divide by the group's std and by each answer's length, as GRPO does: biased
     eps: float = 0.2  # clip (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
@@ -59,12 +59,12 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, updates=100)
+COUNTDOWN = dict(prompts=32, L=8, S=4, block=4, updates=100)
 
 # Where a model that reads words starts from: EGSPO's settings (JustGRPO's were not read); L forwards a row.
 LLM = dict(
     prompts=2, G=8, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_every=50, eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, lr=1e-6, grad_norm=0.2)
+    eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, lr=1e-6, grad_norm=0.2)
 
 
 def advantage(reward: Tensor, G: int, grpo_norm: bool) -> Tensor:

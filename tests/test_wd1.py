@@ -427,7 +427,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(common.Denoiser, "body", counting)
 
     def go(flags: str):
-        shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --updates 1 --lr 0 --temperature 0.7"
+        shape = ("--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --updates 1 --lr 0 --temperature 0.7 "
+                 "--minibatches 1")
         launch("wd1", "--model", tmp_path / "model", "--out", tmp_path / "out", *shape.split(),
                *flags.split())
         rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
