@@ -5,10 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import compare
 from benchmarks import tables
 from conftest import ROOT
+from models import load_model
+from pretrain import TINY
 
 STUB = """
 import json, sys
@@ -79,6 +82,16 @@ def test_every_command_is_of_a_script_with_these_flags():
         args = (ROOT / script).read_text() + (ROOT / "run.py").read_text()
         for flag in (flag for flag in flags if flag.startswith("--")):
             assert re.search(rf"^    {flag[2:]}: ", args, re.MULTILINE), command
+
+
+def test_the_kept_bases_are_those_that_were_measured():
+    lines = map(json.loads, (ROOT / "results" / "bases.jsonl").read_text().splitlines())
+    kept = {line["task"]: line["kept"] for line in lines if "kept" in line}
+    assert kept == {task: compare.base_digest(task) for task in TINY}
+    for task, tiny in TINY.items():
+        model = load_model(str(compare.BASES / task))
+        assert model.network.config.tiny_task == task and model.V == len(tiny.tokens) + 3
+        assert {p.dtype for p in model.network.parameters()} == {torch.float32}
 
 
 def test_interval_against_a_slow_one():
