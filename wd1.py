@@ -49,20 +49,20 @@ class Args(Flags):
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 280  # rollouts, each with its optimizer steps
+    updates: int = 210  # rollouts, each with its optimizer steps
     plusplus: bool = False  # wd1++: score the denoising trajectory
     positive_only: bool = False  # drop w-, the push away from bad completions
     K: int = 4  # wd1++: denoising steps per row that stand for all S, drawn uniformly
     psi: float = 1.0  # psi, sharpness of the weights (paper: 1)
     hide_prompt: float = 0.15  # share of prompt tokens hidden in wd1's canvas (paper: 0.15)
-    passes: int = 2  # mu, passes per rollout, each with a new prompt mask (paper: 12; Sudoku 8; wd1++ 1)
-    minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
+    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (paper: 12; Sudoku 8; wd1++ 1)
+    minibatches: int = 1  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 3e-5  # AdamW (paper: 3e-6)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, lr=1e-4, updates=300)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=300)
 
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(

@@ -43,18 +43,18 @@ class Args(Flags):
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 260  # rollouts, each with its optimizer steps
+    updates: int = 150  # rollouts, each with its optimizer steps
     hide_prompt: float = 0.15  # share of prompt tokens hidden (paper: 0.15)
     eps: float = 0.2  # clip (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
-    passes: int = 2  # mu, passes per rollout, each with a new prompt mask (wd1: 12; Sudoku 8)
-    minibatches: int = 4  # optimizer steps per pass, each on whole groups
+    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (wd1: 12; Sudoku 8)
+    minibatches: int = 1  # optimizer steps per pass, each on whole groups
     lr: float = 3e-5  # AdamW
     grad_norm: float = 1.0  # gradient clipping
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, lr=1e-4, updates=300)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=300)
 
 # Where a model that reads words starts from: wd1's settings, whose likelihood it is (d1's were not read).
 LLM = dict(

@@ -147,17 +147,22 @@ def earlier_table(runs: dict[str, dict], tasks: list[str]) -> str:
 
 
 def tuning_table(lines: list[dict]) -> str:
-    """Of each method and setting what every run solved of the validation rows, and the updates it made."""
-    settings = list(dict.fromkeys(line["setting"] for line in lines))
+    """Of each method and setting what every run solved of the validation rows, and the updates it made; what
+    few methods were run with is in a column of its own."""
+    def cell(found: list[dict]) -> str:
+        return ", ".join(("**{:.1f}** ({})" if line["limit"] > 60 else "{:.1f} ({})").format(
+            100 * line["after"], line["update"]) for line in found)
+
+    runs, methods = {}, list(dict.fromkeys(line["method"] for line in lines))
+    for line in lines:
+        runs.setdefault(line["setting"], {}).setdefault(line["method"], []).append(line)
+    usual = [setting for setting, found in runs.items() if len(found) > len(methods) / 2]
     rows = []
-    for method in dict.fromkeys(line["method"] for line in lines):
-        row = [method]
-        for setting in settings:
-            found = [line for line in lines if (line["method"], line["setting"]) == (method, setting)]
-            row.append(", ".join(("**{:.1f}** ({})" if line["limit"] > 60 else "{:.1f} ({})").format(
-                100 * line["after"], line["update"]) for line in found))
-        rows.append(row)
-    return table(["solved, % (updates)", *(f"`{setting}`" for setting in settings)], rows)
+    for method in methods:
+        others = [f"`{setting}` {cell(found[method])}" for setting, found in runs.items()
+                  if setting not in usual and method in found]
+        rows.append([method, *(cell(runs[setting].get(method, [])) for setting in usual), ", ".join(others)])
+    return table(["solved, % (updates)", *(f"`{setting}`" for setting in usual), "others"], rows)
 
 
 def tree_table(lines: list[dict]) -> str:

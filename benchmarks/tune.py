@@ -2,9 +2,10 @@
 
 Validation rows: their Sudoku solutions and Countdown problems are in neither RL's nor the base's training
 data; held-out rows are not looked at. Five settings span lr, G, minibatches and prompts. First all of them
-for a minute, which misleads about what lasts; then each method's best two, with another seed, for as long as
-a default run takes. Time is that of one CPU thread. A run starts from results/bases, is stopped by ctrl-C
-when its time is up, and evaluated; one that is in results/tuning.jsonl is not repeated.
+for a minute, which misleads about what lasts and is too short for large batches; so then each method's best
+two and what it had before, with another seed, for as long as a default run takes. Time is that of one CPU
+thread. A run starts from results/bases, is stopped by ctrl-C when its time is up, and evaluated; one that is
+in results/tuning.jsonl is not repeated.
 
 python benchmarks/tune.py sudoku|countdown [jobs]        as many at a time; an hour with 2 on 2 cores
 """
@@ -38,6 +39,13 @@ SETTINGS = [
     "--lr 2e-4 --G 8 --minibatches 2 --prompts 16", "--lr 2e-4 --G 16 --minibatches 2 --prompts 32",
     "--lr 3e-5 --G 8 --minibatches 4 --prompts 32",
 ]
+BEFORE = {
+    "EGSPO-SA": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32", "RLDF": SETTINGS[3], "wd1++": SETTINGS[3],
+    "wd1": "--lr 3e-5 --G 8 --minibatches 1 --prompts 32 --passes 8", "GDSD": SETTINGS[3],
+    "GDSD-TLC": SETTINGS[3], "diffu-GRPO": "--lr 3e-5 --G 8 --minibatches 1 --prompts 32 --passes 8",
+    "ESPO": "--lr 1e-4 --G 16 --minibatches 2 --prompts 32",
+    "JustGRPO": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32",
+}
 ROUNDS = [(11, 60), (12, 150)]  # seed; seconds, with start-up and the evaluation before training
 FIXED = "--updates 10000 --eval_every 10000 --save_every 10000 --eval_rows 512 --eval_threshold 0"
 
@@ -95,7 +103,7 @@ def tune(task: str, jobs: int):
             there = done(task)
             for method in METHODS:
                 best = sorted(SETTINGS, key=lambda setting: -there.get((method, setting, seed, limit), 0.0))
-                settings[method] = best[:2]
+                settings[method] = dict.fromkeys([*best[:2], BEFORE[method]])
 
 
 if __name__ == "__main__":
