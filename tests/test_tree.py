@@ -18,8 +18,9 @@ SHAPE = ("--task toy --prompts 4 --G 6 --L 8 --S 4 --block 4 --updates 1 --lr 0 
 CASES = [("egspo", "--passes 2 --K 3"), ("egspo", "--select uniform --order random --beta 0.1"),
          ("rldf", "--threshold 0.6 --passes 1"), ("rldf", "--threshold 0 --passes 2 --beta 0.1"),
          ("wd1", "--passes 2"), ("wd1", "--plusplus --K 4 --passes 1"),
-         ("gdsd", ""), ("gdsd", "--match tlc --beta 0.1"), ("baselines.diffu_grpo", "--beta 0.1"),
-         ("baselines.espo", "--beta 0.1"), ("baselines.just_grpo", "--passes 2")]
+         ("gdsd", "--minibatches 2"), ("gdsd", "--minibatches 2 --match tlc --beta 0.1"),
+         ("baselines.diffu_grpo", "--beta 0.1"), ("baselines.espo", "--beta 0.1"),
+         ("baselines.just_grpo", "--passes 2")]
 
 
 def every_row(rows):
