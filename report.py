@@ -120,9 +120,14 @@ def plot_methods(curves: dict[str, dict[str, np.ndarray]], file: Path):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         low, high = axes.get_ylim()
-        right, height = axes.get_xlim()[1], -np.inf
-        for y, x, method in sorted(ends):  # from below, in the order of the ends, none over another
-            height = max(y, height + 0.055 * (high - low))
+        right, gap, ends = axes.get_xlim()[1], 0.055 * (high - low), sorted(ends)
+        heights = [y for y, _, _ in ends]
+        for _ in range(100):  # labels in the order of the ends, pushed apart where one would be over another
+            for i in range(len(ends) - 1):
+                push = max(0.0, gap - (heights[i + 1] - heights[i])) / 2
+                heights[i] -= push
+                heights[i + 1] += push
+        for (y, x, method), height in zip(ends, heights, strict=True):
             axes.annotate(f"{method} {y:.0f}", (x, y), (right * 1.03, height), color=COLOURS[method],
                           va="center", annotation_clip=False,
                           arrowprops=dict(arrowstyle="-", color=COLOURS[method], lw=0.5))

@@ -17,7 +17,7 @@ every pass are taken before the first optimizer step on a rollout.
 Differences: G times fewer forwards; minibatches; full fine-tuning; no SFT stage before RL; without a KL, rows
 of advantage 0 are not evaluated; small-batch defaults for the tiny model.
 
-python baselines/diffu_grpo.py                   4x4 Sudoku, 33 to 46 % in one minute
+python baselines/diffu_grpo.py                   4x4 Sudoku, 32 to 37 % in two minutes
 python baselines/diffu_grpo.py --hide_prompt 0   the whole prompt shown: every pass sees the same canvas
 """
 

@@ -79,13 +79,16 @@ def main_table(runs: dict[str, dict[str, list[dict]]]) -> str:
 
 def seeds_line(runs: dict[str, dict[str, list[dict]]]) -> str:
     """How many seeds are behind the table."""
-    counts = {f"{method} on {task.capitalize()}": len(found) for task, methods in runs.items()
+    counts = {(task, method): len(found) for task, methods in runs.items()
               for method, found in methods.items() if found}
     if not counts:
         return "No runs yet."
-    usual = statistics.mode(counts.values())
-    others = [f"{name} {count}" for name, count in counts.items() if count != usual]
-    return f"Seeds: {usual} of each" + (f", but {', '.join(others)}." if others else ".")
+    usual, others = statistics.mode(counts.values()), {}
+    for (task, method), count in counts.items():
+        if count != usual:
+            others.setdefault(f"{count} on {task.capitalize()}", []).append(method)
+    told = [f"{where} of {', '.join(methods)}" for where, methods in others.items()]
+    return "; ".join([f"Seeds: {usual} each", *told]) + "."
 
 
 def cost_of_half(cost: np.ndarray, share: np.ndarray) -> float | None:
