@@ -589,7 +589,8 @@ DAMAGE = {
     "-inf": ("a2d-qwen3", fill("model.layers.0.self_attn.q_norm.weight", -torch.inf), "q_norm"),
     "NaN in a bias": ("modernbert", fill("decoder.bias", torch.nan), "decoder.bias"),
     "inf once fp32": ("dream", fill("model.norm.weight", 1e300), "model.norm.weight"),
-    "overflow": ("dream", every(lambda v: v * 1e30), "NaN or inf"),
+    "overflow": ("dream", lambda t: t["lm_head.weight"].sign_().mul_(3e38), "NaN or inf"),
+    "overflow everywhere": ("dream", every(lambda v: v * 1e30), "its predictions are"),  # of a norm: NaN or 0
     "all NaN": ("a2d-llama", every(lambda v: v * torch.nan), "NaN or inf"),
     "one matrix of zeros": ("dream", lambda t: t["lm_head.weight"].zero_(), "zero"),
     "no embeddings": ("a2d-llama", lambda t: t["model.embed_tokens.weight"].zero_(), "zero"),
