@@ -173,12 +173,10 @@ def make(args: Args):
 def main_runs() -> dict[str, dict[str, list[dict]]]:
     """The finished runs of each task and method, seed by seed; of a task that has none from the kept base,
     those from an earlier one."""
-    runs = {}
+    there, earlier, runs = finished(), finished(kept=False), {}
     for task in TINY:
-        for there in (finished(kept=False), finished()):
-            found = {method: of(there, command, task) for method, command in MAIN.items()}
-            if any(found.values()) or task not in runs:
-                runs[task] = found
+        source = there if any(f"--task {task} " in command for command in there) else earlier
+        runs[task] = {method: of(source, command, task) for method, command in MAIN.items()}
     return runs
 
 
