@@ -40,11 +40,20 @@ SETTINGS = [
     "--lr 3e-5 --G 8 --minibatches 4 --prompts 32",
 ]
 BEFORE = {
-    "EGSPO-SA": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32", "RLDF": SETTINGS[3], "wd1++": SETTINGS[3],
-    "wd1": "--lr 3e-5 --G 8 --minibatches 1 --prompts 32 --passes 8", "GDSD": SETTINGS[3],
-    "GDSD-TLC": SETTINGS[3], "diffu-GRPO": "--lr 3e-5 --G 8 --minibatches 1 --prompts 32 --passes 8",
-    "ESPO": "--lr 1e-4 --G 16 --minibatches 2 --prompts 32",
-    "JustGRPO": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32",
+    "sudoku": {
+        "EGSPO-SA": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32", "RLDF": SETTINGS[3],
+        "wd1": "--lr 3e-5 --G 8 --minibatches 1 --prompts 32 --passes 8", "wd1++": SETTINGS[3],
+        "GDSD": SETTINGS[3], "GDSD-TLC": SETTINGS[3],
+        "diffu-GRPO": "--lr 3e-5 --G 8 --minibatches 1 --prompts 32 --passes 8",
+        "ESPO": "--lr 1e-4 --G 16 --minibatches 2 --prompts 32",
+        "JustGRPO": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32",
+    },
+    "countdown": {
+        "EGSPO-SA": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32", "RLDF": SETTINGS[0], "wd1": SETTINGS[0],
+        "wd1++": SETTINGS[3], "GDSD": SETTINGS[2], "GDSD-TLC": SETTINGS[2], "diffu-GRPO": SETTINGS[0],
+        "ESPO": "--lr 1e-4 --G 16 --minibatches 2 --prompts 16",
+        "JustGRPO": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32",
+    },
 }
 ROUNDS = [(11, 60), (12, 150)]  # seed; seconds, with start-up and the evaluation before training
 FIXED = "--updates 10000 --eval_every 10000 --save_every 10000 --eval_rows 512 --eval_threshold 0"
@@ -83,10 +92,10 @@ def launch(task: str, method: str, setting: str, seed: int, limit: int, folder: 
 
 
 def done(task: str) -> dict[tuple, float]:
-    """The solved share of each run of the two rounds that has been made."""
+    """The solved share of each run of the two rounds that has been made from the kept base."""
     rows = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
     return {(row["method"], row["setting"], row["seed"], row["limit"]): row["after"]
-            for row in rows if row["task"] == task}
+            for row in rows if row["task"] == task and row["base"] == base_digest(task)}
 
 
 def tune(task: str, jobs: int):
@@ -103,7 +112,7 @@ def tune(task: str, jobs: int):
             there = done(task)
             for method in METHODS:
                 best = sorted(SETTINGS, key=lambda setting: -there.get((method, setting, seed, limit), 0.0))
-                settings[method] = dict.fromkeys([*best[:2], BEFORE[method]])
+                settings[method] = dict.fromkeys([*best[:2], BEFORE[task][method]])
 
 
 if __name__ == "__main__":
