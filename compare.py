@@ -37,9 +37,9 @@ RUNS = ROOT / "results" / "runs.jsonl"
 BASES = ROOT / "results" / "bases"  # of each task: pretrain.py builds other weights on another CPU
 MAIN = {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
-    "wd1++": "wd1.py --plusplus --passes 1 --prompts 16 --minibatches 2 --lr 2e-4 --updates 200",
-    "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc", "diffu-GRPO": "baselines/diffu_grpo.py",
-    "ESPO": "baselines/espo.py", "JustGRPO": "baselines/just_grpo.py",
+    "wd1++": "wd1.py --plusplus", "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc",
+    "diffu-GRPO": "baselines/diffu_grpo.py", "ESPO": "baselines/espo.py",
+    "JustGRPO": "baselines/just_grpo.py",
 }
 ABLATIONS = {  # each differs from its method's line in MAIN by what is added; Sudoku alone, three seeds
     "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order confidence",

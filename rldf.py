@@ -65,7 +65,7 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=4, lr=1e-4, updates=200)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=375)
 
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(

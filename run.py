@@ -56,9 +56,9 @@ class Flags:
     shard: bool = False  # torchrun: split weights, gradients and Adam over the GPUs also where one holds them
 
 
-def parse_args(Args: type, method: str, countdown: dict, llm: dict):
-    """The command line as an Args. The defaults are those of Args, changed by `countdown` for a tiny model on
-    that task, by `llm` for a --model that reads words; with --resume RUN they are its settings, and few may
+def parse_args(Args: type, method: str, countdown: dict, llm: dict, sudoku: dict | None = None):
+    """The command line as an Args. The defaults are those of Args, changed by `sudoku` or `countdown` for a
+    tiny model, by `llm` for a --model that reads words; with --resume RUN they are its settings, and few may
     change."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what the defaults hang on
     first.add_argument("--model", default="tiny")
@@ -67,7 +67,7 @@ def parse_args(Args: type, method: str, countdown: dict, llm: dict):
     said, _ = first.parse_known_args()
     if not said.resume:
         tiny = said.model == "tiny" or tiny_task(said.model)
-        changes = llm if not tiny else countdown if said.task == "countdown" else {}
+        changes = llm if not tiny else countdown if said.task == "countdown" else sudoku or {}
         return check(tyro.cli(Args, default=Args(**changes)), method)
     before = saved_args(Args, method, Path(said.resume))
     args = tyro.cli(Args, default=before)

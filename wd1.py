@@ -26,10 +26,11 @@ for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1)
 
 python wd1.py                          4x4 Sudoku, 32 to 36 % of the held-out boards solved in two minutes
 python wd1.py --positive_only          w+ alone: imitate the group's best
-python wd1.py --plusplus --passes 1 --prompts 16 --minibatches 2 --lr 2e-4 --updates 200    32 to 71 %
+python wd1.py --plusplus               32 to 71 %, from settings of its own (PLUSPLUS)
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +63,11 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=300)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=455)
+
+# Where --plusplus starts from, with the tiny models.
+PLUSPLUS = dict(prompts=16, passes=1, minibatches=2, lr=2e-4, updates=200)
+PLUSPLUS_COUNTDOWN = dict(L=8, S=4, block=4, passes=1, minibatches=4, updates=85)
 
 # Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
 LLM = dict(
@@ -186,4 +191,7 @@ def train(args: Args) -> float:
 
 METHOD = "wd1"
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    if "--plusplus" in sys.argv:
+        train(parse_args(Args, METHOD, PLUSPLUS_COUNTDOWN, LLM | dict(passes=1), PLUSPLUS))
+    else:
+        train(parse_args(Args, METHOD, COUNTDOWN, LLM))

@@ -56,7 +56,7 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(prompts=16, L=8, S=4, block=4, minibatches=2, updates=100)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, lr=2e-4, updates=105)
 
 # Where a model that reads words starts from: GDSD's settings, whose baseline it is (ESPO's were not read).
 LLM = dict(

@@ -11,14 +11,15 @@ python benchmarks/tree.py entropy    the share of canvases that are distinct by 
 """
 
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
 import resource
+import runpy
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,15 +43,13 @@ def every_row(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def updates(command: str, model: str, way: str) -> tuple[list[dict], float]:
     """The log of six updates, and the most GiB this process has held."""
     script, *flags = command.split()
-    name = script.removesuffix(".py")
-    module = importlib.import_module(name)
     if way == "without":
         common.distinct = every_row
     with tempfile.TemporaryDirectory() as out:
         sys.argv = [script, *flags, *"--updates 6 --eval_rows 1 --eval_threshold 0 --seed 5".split(),
                     "--model", model, "--out", f"{out}/run"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            module.train(run.parse_args(module.Args, name, module.COUNTDOWN, module.LLM))
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [line for line in lines if "loss" in line], peak
@@ -66,8 +65,8 @@ def compare(method: str, model: str, where: str):
     """A line for one method from one model."""
     logs, peaks = {"without": [], "with": []}, {"without": 0.0, "with": 0.0}
     for way in list(logs) * 2:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            log, peak = pool.apply(updates, (MAIN[method], model, way))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            log, peak = pool.submit(updates, MAIN[method], model, way).result()
         logs[way].append(log)
         peaks[way] = max(peaks[way], peak)
     row = {"method": method, "from": where, "threads": torch.get_num_threads(), "commit": run.git_commit(),

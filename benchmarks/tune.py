@@ -50,7 +50,8 @@ BEFORE = {
     },
     "countdown": {
         "EGSPO-SA": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32", "RLDF": SETTINGS[0], "wd1": SETTINGS[0],
-        "wd1++": SETTINGS[3], "GDSD": SETTINGS[2], "GDSD-TLC": SETTINGS[2], "diffu-GRPO": SETTINGS[0],
+        "wd1++": SETTINGS[3], "GDSD": SETTINGS[2], "GDSD-TLC": SETTINGS[2],
+        "diffu-GRPO": SETTINGS[4],  # not what it had, SETTINGS[0]: that and its best two end far below 30 %
         "ESPO": "--lr 1e-4 --G 16 --minibatches 2 --prompts 16",
         "JustGRPO": "--lr 1e-4 --G 16 --minibatches 4 --prompts 32",
     },

@@ -6,6 +6,7 @@ are the real ones."""
 import csv
 import importlib
 import json
+import runpy
 import shutil
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import LAYOUTS, write
-from test_methods import BASELINES, METHODS, launch, lines, same_run
+from test_methods import BASELINES, METHODS, ROOT, launch, lines, same_run
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import common
@@ -136,6 +137,29 @@ def test_a_tiny_model_starts_from_the_settings_of_its_task(method, tmp_path, mon
         folder = settings(monkeypatch, method, "--model", tmp_path / task, "--task", task)
         assert vars(folder) == expected | {"model": str(tmp_path / task)}
         assert settings(monkeypatch, method, f"--task={task}", "--L", 32, "--S", 8).L == 32
+
+
+def test_wd1_plus_plus_starts_from_settings_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module("wd1")
+    parse, seen = run.parse_args, []
+
+    def parse_and_stop(*given):
+        seen.append(vars(parse(*given)))
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "parse_args", parse_and_stop)
+    cases = {"--task sudoku": module.PLUSPLUS, "--task countdown": module.PLUSPLUS_COUNTDOWN,
+             "--model someone/some-hub-id --task gsm8k": module.LLM | {"passes": 1}, "--lr 1": {"lr": 1.0}}
+    for flags, changed in cases.items():
+        monkeypatch.setattr(sys, "argv", ["wd1.py", "--plusplus", *flags.split()])
+        with pytest.raises(InterruptedError):
+            runpy.run_path(str(ROOT / "wd1.py"), run_name="__main__")
+        assert {k: seen[-1][k] for k in changed} == changed and seen[-1]["plusplus"]
+    monkeypatch.setattr(sys, "argv", ["wd1.py"])
+    with pytest.raises(InterruptedError):
+        runpy.run_path(str(ROOT / "wd1.py"), run_name="__main__")
+    assert (seen[-1]["passes"], seen[-1]["plusplus"]) == (8, False)
 
 
 def test_eval_only_gives_the_number_of_the_run_and_keeps_it_with_its_settings(data, tmp_path, capsys):
