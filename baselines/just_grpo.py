@@ -59,7 +59,7 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(prompts=32, L=8, S=4, block=4, updates=100)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=32, G=8, updates=130)
 
 # Where a model that reads words starts from: EGSPO's settings (JustGRPO's were not read); L forwards a row.
 LLM = dict(
