@@ -54,7 +54,7 @@ class Args(Flags):
 
 
 # Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=300)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, updates=290)
 
 # Where a model that reads words starts from: wd1's settings, whose likelihood it is (d1's were not read).
 LLM = dict(
