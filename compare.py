@@ -171,13 +171,9 @@ def make(args: Args):
 
 
 def main_runs() -> dict[str, dict[str, list[dict]]]:
-    """The finished runs of each task and method, seed by seed; of a task that has none from the kept base,
-    those from an earlier one."""
-    there, earlier, runs = finished(), finished(kept=False), {}
-    for task in TINY:
-        source = there if any(f"--task {task} " in command for command in there) else earlier
-        runs[task] = {method: of(source, command, task) for method, command in MAIN.items()}
-    return runs
+    """The finished runs of each task and method, seed by seed."""
+    there = finished()
+    return {task: {method: of(there, command, task) for method, command in MAIN.items()} for task in TINY}
 
 
 def of(there: dict[str, dict], command: str, task: str) -> list[dict]:

@@ -31,7 +31,7 @@ of advantage 0 are not evaluated, and minibatches without any other make no opti
 by momentum and decay).
 
 python egspo.py                        4x4 Sudoku, 32 to 71 % of the held-out boards solved in two minutes
-python egspo.py --task countdown       expressions, 15 to 36 % in three to five minutes
+python egspo.py --task countdown       expressions, 19 to 33 % in two minutes
 python egspo.py --lam 0                EGSPO without the stepwise advantage
 python egspo.py --select uniform       the ablation: K random steps
 python egspo.py --model dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1 --task gsm8k     a real one, on a 24 GB GPU
