@@ -170,9 +170,8 @@ def make(args: Args):
 # ----------------------------------------------------------------------------------------------- the report
 
 
-def main_runs() -> dict[str, dict[str, list[dict]]]:
-    """The finished runs of each task and method, seed by seed."""
-    there = finished()
+def main_runs(there: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
+    """Of the finished runs those of each task and method, seed by seed."""
     return {task: {method: of(there, command, task) for method, command in MAIN.items()} for task in TINY}
 
 
@@ -187,7 +186,8 @@ def every_table() -> dict[str, str]:
     def lines(name: str) -> list[dict]:
         return [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
 
-    there, runs = finished(), main_runs()
+    there = finished()
+    runs = main_runs(there)
     tuned = lines("tuning.jsonl")
     changed = [(method, change, of(there, f"{MAIN[method]} {change}".strip(), "sudoku")[:3])
                for method, changes in ABLATIONS.items() for change in ["", *changes]]
@@ -211,7 +211,7 @@ def report():
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         file.write_text(tables.fill(file.read_text(), made))
     curves = {task: {method: np.array([row["curve"] for row in found]) for method, found in methods.items()}
-              for task, methods in main_runs().items()}
+              for task, methods in main_runs(finished()).items()}
     plot_methods(curves, ROOT / "results" / "methods.png")
 
 

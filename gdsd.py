@@ -24,7 +24,7 @@ Differences from the paper: minibatches; small-batch defaults for the tiny model
 (paper: L = S = 256, block 32, T 1, G 16).
 
 python gdsd.py                         4x4 Sudoku, 32 to 39 % of the held-out boards solved in two minutes
-python gdsd.py --match tlc             centred raw logits: 32 to 40 %
+python gdsd.py --match tlc             centred raw logits: 32 to 39 %
 """
 
 import math

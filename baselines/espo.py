@@ -20,7 +20,7 @@ sampler; A without std; the KL is of whole sequences, in nats, not divided by n.
 Differences: minibatches; full fine-tuning; without a KL, rows of advantage 0 are not evaluated; small-batch
 defaults for the tiny model.
 
-python baselines/espo.py                         4x4 Sudoku, no gain, 32 to 32 %, in two minutes
+python baselines/espo.py                         4x4 Sudoku, no gain in two minutes, 32 %
 """
 
 import sys

@@ -54,6 +54,11 @@ def adaptive(runs: list[dict], when: int = 1) -> str:
     return f"{percent(share)} ({nfe:.1f})"
 
 
+def base(runs: list[dict]) -> tuple[str, str]:
+    """Solved by the base the runs start from, and by its adaptive decoding."""
+    return percent(runs[0]["curve"][0][3]), adaptive(runs[:1], 0)
+
+
 def cells(runs: list[dict], cluster: np.ndarray) -> list[str]:
     """What a method reaches and what it takes: solved, minutes, forwards, adaptive decoding."""
     if not runs:
@@ -68,9 +73,10 @@ def main_table(runs: dict[str, dict[str, list[dict]]]) -> str:
     """The README's: every method on both tasks, {task: {method: a run of each seed}}."""
     columns = []  # of the first task all four, of the second two
     for (task, methods), kept in zip(runs.items(), (4, 2), strict=True):
-        first = sum(methods.values(), [])[:1]
-        base = [percent(first[0]["curve"][0][3]), "", "", adaptive(first, 0)] if first else [""] * 4
-        columns.append([base[:kept], *[cells(found, clusters(task))[:kept] for found in methods.values()]])
+        everything = sum(methods.values(), [])
+        solved, decoded = base(everything) if everything else ("", "")
+        start = [solved, "", "", decoded]
+        columns.append([start[:kept], *[cells(found, clusters(task))[:kept] for found in methods.values()]])
     names = ["the base", *next(iter(runs.values()))]
     rows = [[name, *sum(parts, [])] for name, *parts in zip(names, *columns, strict=True)]
     return table(["method", "Sudoku, %", "minutes", "k forwards made, of", "adaptive: % (forwards a row)",
@@ -105,9 +111,7 @@ def budget_table(runs: dict[str, list[dict]], commands: dict[str, str], paper: d
     if not runs:
         return "Not measured."
     least = [min(row["curve"][-1][column] for found in runs.values() for row in found) for column in (2, 1)]
-    first = next(iter(runs.values()))[:1]
-    rows = [["the base", percent(first[0]["curve"][0][3]), adaptive(first, 0), "", "", "", "",
-             paper.get("before", "")]]
+    rows = [["the base", *base(next(iter(runs.values()))), "", "", "", "", paper["before"]]]
     for method, found in runs.items():
         solved = ", ".join(percent(row["curve"][-1][3]) for row in found)
         row = [f"{method}: `{commands[method]}`", solved, adaptive(found)]

@@ -30,7 +30,7 @@ from tasks import TINY_TASKS  # noqa: E402
 RESULTS = ROOT / "results" / "tuning.jsonl"
 METHODS = {
     "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py --passes 2",
-    "wd1++": "wd1.py --plusplus --K 4 --passes 1", "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc",
+    "wd1++": "wd1.py --plusplus", "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc",
     "diffu-GRPO": "baselines/diffu_grpo.py --passes 2", "ESPO": "baselines/espo.py",
     "JustGRPO": "baselines/just_grpo.py",
 }

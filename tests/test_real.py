@@ -151,15 +151,12 @@ def test_wd1_plus_plus_starts_from_settings_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "parse_args", parse_and_stop)
     cases = {"--task sudoku": module.PLUSPLUS, "--task countdown": module.PLUSPLUS_COUNTDOWN,
              "--model someone/some-hub-id --task gsm8k": module.LLM | {"passes": 1}, "--lr 1": {"lr": 1.0}}
-    for flags, changed in cases.items():
-        monkeypatch.setattr(sys, "argv", ["wd1.py", "--plusplus", *flags.split()])
+    cases = {f"--plusplus {flags}": changed | {"plusplus": True} for flags, changed in cases.items()}
+    for flags, changed in (cases | {"": {"passes": 8, "plusplus": False}}).items():
+        monkeypatch.setattr(sys, "argv", ["wd1.py", *flags.split()])
         with pytest.raises(InterruptedError):
             runpy.run_path(str(ROOT / "wd1.py"), run_name="__main__")
-        assert {k: seen[-1][k] for k in changed} == changed and seen[-1]["plusplus"]
-    monkeypatch.setattr(sys, "argv", ["wd1.py"])
-    with pytest.raises(InterruptedError):
-        runpy.run_path(str(ROOT / "wd1.py"), run_name="__main__")
-    assert (seen[-1]["passes"], seen[-1]["plusplus"]) == (8, False)
+        assert {k: seen[-1][k] for k in changed} == changed
 
 
 def test_eval_only_gives_the_number_of_the_run_and_keeps_it_with_its_settings(data, tmp_path, capsys):
