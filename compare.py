@@ -8,7 +8,6 @@ python compare.py            all runs that are missing; --study main --seeds 3 f
 python compare.py --report   the tables of README.md and results/README.md, between marks, and methods.png
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -45,13 +44,12 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; S
     "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order confidence",
                  "--order random"],
     "RLDF": ["--select uniform", "--p_min 0", "--masks random"],
-    "wd1": ["--positive_only"],
-    "wd1++": ["--positive_only"],
+    "wd1": ["--positive_only"], "wd1++": ["--positive_only"],
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
-LONG = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 800" for seed in (1, 2, 3)]  # five minutes
-LONG += [f"{MAIN[method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
-         for method, updates in (("EGSPO-SA", 3200), ("wd1++", 2000), ("RLDF", 1600))]
+FIVE_MINUTES = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 800" for seed in (1, 2, 3)]
+LONG = {method: f"{MAIN[method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
+        for method, updates in {"EGSPO-SA": 3200, "wd1++": 2000, "RLDF": 1600}.items()}
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",
                "GDSD-TLC": "92.0"},
@@ -83,11 +81,10 @@ def commands(args: Args) -> list[str]:
             found += [f"{MAIN[method]} {change} --task sudoku --seed {seed}"
                       for method, changes in ABLATIONS.items() for change in changes]
     if args.study in ("long", "all") and args.task != "countdown":
-        found += LONG
+        found += [*FIVE_MINUTES, *LONG.values()]
     return found
 
 
-@functools.cache
 def base_digest(task: str) -> str:
     """Names the weights that the runs of a task start from."""
     return hashlib.sha256((BASES / task / "model.safetensors").read_bytes()).hexdigest()[:12]
@@ -110,11 +107,10 @@ def execute(command: str) -> dict:
     if not (out / "state.pt").exists():
         shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    script, base = command.split()[0], BASES / re.search(r"--task (\w+)", command)[1]
-    argv = [*command.split(), "--model", str(base), "--out", str(out)]
-    argv = [script, "--resume", str(out)] if out.exists() else argv
+    (script, *flags), base = command.split(), BASES / re.search(r"--task (\w+)", command)[1]
+    flags = ["--resume", out] if out.exists() else [*flags, "--model", base, "--out", out]
     with open(f"{out}.log", "w") as log:
-        done = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=log, stderr=log,
+        done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"python {command}: exit status {done.returncode}, see {out}.log")
@@ -149,9 +145,8 @@ def processor() -> str:
 
 def make(args: Args):
     """Make the runs that are missing; exit status 1 if one failed."""
-    there = finished()
+    there, failed = finished(), []
     missing = [command for command in commands(args) if command not in there]
-    failed = []
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="run", smoothing=0) as bar:
         for job in as_completed([pool.submit(execute, command) for command in missing]):
             bar.update()
@@ -177,8 +172,8 @@ def main_runs(there: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
 
 def of(there: dict[str, dict], command: str, task: str) -> list[dict]:
     """The finished runs of a command, seed by seed."""
-    found = [there.get(f"{command} --task {task} --seed {seed}") for seed in range(1, 100)]
-    return [row for row in found if row]
+    seeds = [f"{command} --task {task} --seed {seed}" for seed in range(1, 100)]
+    return [there[seed] for seed in seeds if seed in there]
 
 
 def every_table() -> dict[str, str]:
@@ -194,7 +189,7 @@ def every_table() -> dict[str, str]:
     return {
         "main": tables.main_table(runs),
         **{f"budget {task}": tables.budget_table(runs[task], MAIN, PAPER[task]) for task in TINY},
-        "long": tables.long_table([there[command] for command in LONG if command in there]),
+        "long": tables.long_table([there[c] for c in (*FIVE_MINUTES, *LONG.values()) if c in there]),
         "ablations": tables.ablation_table(changed),
         "earlier": tables.earlier_table(finished(kept=False), list(TINY)),
         **{f"tuning {task}": tables.tuning_table([line for line in tuned if line["task"] == task])
@@ -206,13 +201,15 @@ def every_table() -> dict[str, str]:
 
 
 def report():
-    """Rebuild every table, and the figure of the runs."""
-    made = every_table()
+    """Rebuild every table, and the figures of the runs."""
+    made, there = every_table(), finished()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         file.write_text(tables.fill(file.read_text(), made))
     curves = {task: {method: np.array([row["curve"] for row in found]) for method, found in methods.items()}
-              for task, methods in main_runs(finished()).items()}
+              for task, methods in main_runs(there).items()}
     plot_methods(curves, ROOT / "results" / "methods.png")
+    curves = {method: np.array([there[c]["curve"]]) for method, c in LONG.items() if c in there}
+    plot_methods({"sudoku": curves}, ROOT / "results" / "long.png")
 
 
 if __name__ == "__main__":

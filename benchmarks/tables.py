@@ -135,11 +135,18 @@ def ablation_table(runs: list[tuple[str, str, list[dict]]]) -> str:
 
 
 def long_table(runs: list[dict]) -> str:
+    """How far longer runs get, from where on they stay there, and what is left to learn from at their end."""
     rows = []
     for row in runs:
-        curve = ", ".join(f"{update}: {percent(share)}" for update, _, _, share in row["curve"])
-        rows.append([f"`python {row['command']}`", curve, f"{row['seconds'] / 60:.1f}"])
-    return table(["run", "update: solved, %", "minutes"], rows)
+        update, _, _, share = np.array(row["curve"]).T
+        tenths = np.linspace(0, len(share) - 1, 11).round().astype(int)
+        flat = (share > share.max() - 0.02).argmax()
+        rows.append([f"`{row['command']}`", ", ".join(map(percent, share[tenths])), percent(share.max()),
+                     f"{update[flat]:.0f}", f"{100 * row['equal_groups']:.0f} %, {row['entropy']:.3f}",
+                     adaptive([row]), f"{row['seconds'] / 60:.1f}"])
+    return table(["run, Sudoku", "solved, %, before and after each tenth of it", "best",
+                  "within 2 points of it from update", "at the end: equal groups, entropy, nats",
+                  "adaptive: % (forwards a row)", "minutes"], rows)
 
 
 def earlier_table(runs: dict[str, dict], tasks: list[str]) -> str:
