@@ -119,7 +119,8 @@ def test_the_cost_of_half_is_that_of_the_first_crossing():
 
 def test_a_long_run_has_flattened_where_it_first_comes_near_its_best():
     solved = [0.3, 0.6, 0.7, 0.66, 0.715, 0.69]  # not at its best, nor only where it stays near it
-    run = {"command": "egspo.py", "curve": [[50 * i, 9.0 * i, 7 * i, share] for i, share in enumerate(solved)],
+    curve = [[50 * i, 9.0 * i, 7 * i, share] for i, share in enumerate(solved)]
+    run = {"command": "egspo.py", "curve": curve,
            "equal_groups": 0.5, "entropy": 0.02, "adaptive": [[0.4, 7.0], [0.3, 2.0]], "seconds": 90.0}
     line = tables.long_table([run]).splitlines()[2]
     assert line.endswith("| 71.5 | 100 | 50 %, 0.020 | 30.0 (2.0) | 1.5 |")
