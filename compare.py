@@ -48,7 +48,7 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; S
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
 FIVE_MINUTES = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 800" for seed in (1, 2, 3)]
-LONG = {method: f"{MAIN[method]} --task sudoku --seed 1 --updates {updates}"  # ten times the default
+LONG = {method: f"{MAIN[method]} --task sudoku --seed 1 --eval_every 100 --updates {updates}"  # 10 x default
         for method, updates in {"EGSPO-SA": 3200, "wd1++": 2000, "RLDF": 1600}.items()}
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",
