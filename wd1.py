@@ -26,8 +26,8 @@ for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1)
 
 python wd1.py                          4x4 Sudoku, 32 to 38 % of the held-out boards solved in two minutes
 python wd1.py --positive_only          w+ alone imitates the group's best, and collapses
-python wd1.py --plusplus               32 to 71 %, from settings of its own (PLUSPLUS); one run of ten times the
-                                       updates was at 86 % after 400, and collapsed after 500
+python wd1.py --plusplus               32 to 71 %, from settings of its own (PLUSPLUS); one longer run was at
+                                       86 % after 400 updates, and collapsed after 500
 """
 
 import math
