@@ -1,11 +1,11 @@
-"""Which method, at what cost: methods x variants x tasks x seeds, and the tables and the figure of them.
+"""Which method, at what cost: methods x variants x tasks x seeds, and the tables and figures of them.
 
 One run per process, as many at a time as there are cores, one thread each, all from the bases that are kept
 in results/bases. A finished run is a line of results/runs.jsonl and is never repeated; stopped and started
 again, the others go on from their checkpoints.
 
 python compare.py            all runs that are missing; --study main --seeds 3 for some of them
-python compare.py --report   the tables of README.md and results/README.md, between marks, and methods.png
+python compare.py --report   the tables of README.md and results/README.md, between marks, and the figures
 """
 
 import hashlib
@@ -107,7 +107,8 @@ def execute(command: str) -> dict:
     if not (out / "state.pt").exists():
         shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    (script, *flags), base = command.split(), BASES / re.search(r"--task (\w+)", command)[1]
+    script, *flags = command.split()
+    base = BASES / re.search(r"--task (\w+)", command)[1]
     flags = ["--resume", out] if out.exists() else [*flags, "--model", base, "--out", out]
     with open(f"{out}.log", "w") as log:
         done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log,
@@ -189,7 +190,7 @@ def every_table() -> dict[str, str]:
     return {
         "main": tables.main_table(runs),
         **{f"budget {task}": tables.budget_table(runs[task], MAIN, PAPER[task]) for task in TINY},
-        "long": tables.long_table([there[c] for c in (*FIVE_MINUTES, *LONG.values()) if c in there]),
+        "long": tables.long_table([there[c] for c in commands(Args("long")) if c in there]),
         "ablations": tables.ablation_table(changed),
         "earlier": tables.earlier_table(finished(kept=False), list(TINY)),
         **{f"tuning {task}": tables.tuning_table([line for line in tuned if line["task"] == task])

@@ -59,6 +59,11 @@ def base(runs: list[dict]) -> tuple[str, str]:
     return percent(runs[0]["curve"][0][3]), adaptive(runs[:1], 0)
 
 
+def each_seed(runs: list[dict]) -> str:
+    """Solved by each run at its end."""
+    return ", ".join(percent(row["curve"][-1][3]) for row in runs)
+
+
 def cells(runs: list[dict], cluster: np.ndarray) -> list[str]:
     """What a method reaches and what it takes: solved, minutes, forwards, adaptive decoding."""
     if not runs:
@@ -113,8 +118,7 @@ def budget_table(runs: dict[str, list[dict]], commands: dict[str, str], paper: d
     least = [min(row["curve"][-1][column] for found in runs.values() for row in found) for column in (2, 1)]
     rows = [["the base", *base(next(iter(runs.values()))), "", "", "", "", paper["before"]]]
     for method, found in runs.items():
-        solved = ", ".join(percent(row["curve"][-1][3]) for row in found)
-        row = [f"{method}: `{commands[method]}`", solved, adaptive(found)]
+        row = [f"{method}: `{commands[method]}`", each_seed(found), adaptive(found)]
         for column, budget in zip((2, 1), least, strict=True):
             curves = [np.array(row["curve"])[:, (column, 3)].T for row in found]
             share = np.mean([np.interp(budget, *curve) for curve in curves])
@@ -132,14 +136,14 @@ def ablation_table(runs: list[tuple[str, str, list[dict]]]) -> str:
     rows = []
     for method, change, found in runs:
         solved, _, forwards, decoded = cells(found, clusters("sudoku"))
-        each = ", ".join(percent(row["curve"][-1][3]) for row in found)
-        rows.append([method, f"`{change}`" if change else "default", solved, each, decoded, forwards])
+        name = f"`{change}`" if change else "default"
+        rows.append([method, name, solved, each_seed(found), decoded, forwards])
     return table(["method", "change", "solved, %", "seeds 1, 2, 3", "adaptive: % (forwards a row)",
                   "k forwards made, of"], rows)
 
 
 def long_table(runs: list[dict]) -> str:
-    """How far longer runs get, from where on they stay there, and what is left to learn from at their end."""
+    """How far longer runs get, when they first come near it, and what is left to learn from at their end."""
     rows = []
     for row in runs:
         update, _, _, share = np.array(row["curve"]).T
