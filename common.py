@@ -1,34 +1,37 @@
-"""The mathematics the four methods share: sampler, scoring, prompts and rewards.
+"""What the methods share: the sampler, how a canvas is scored, prompts, rewards, and the loop around it all.
 
-Everything two papers could disagree about is in the method's own file. Here is what must be equal for a
-comparison to be fair: 1 legend, 2 model, 3 sampler, 4 scoring, 5 prompts and rewards. Flags, folders and
-plots are in run.py, checkpoints of models in models.py, tasks in tasks.py.
+Whatever two papers could disagree about is in the method's own file. Here is what must be equal for a
+comparison to be fair. This file imports nothing of ours: copy it together with a method's file, and the
+method runs in your project. In order: 1 legend, 2 model, 3 sampler, 4 scoring, 5 prompts and rewards, 6 run.
 
 1 LEGEND
     B rows of a batch = prompts * G, the rows of one prompt adjacent    G samples (a group) per prompt
     P prompt length, left-padded    L completion length    V vocabulary    T temperature
-    S denoising steps    n = L / S tokens revealed per step    s one step, 0 first
-    K steps of each row an update looks at again    k one of them    M canvases scored in one forward
-    update: a rollout and the optimizer steps made on it
-    x canvas: prompt and completion with some tokens replaced by the mask token
+    S denoising steps    n = L / S tokens revealed in each    s one step, counted from 0
+    K steps of each row that an update looks at again    k one of them
+    pair: a row and one of the canvases it is scored on    M pairs scored in one forward
+    update: one rollout and the optimizer steps made on it
+    x canvas: prompt and completion, with some tokens replaced by the mask token
     hidden (bool): True where the canvas shows the mask token
     valid (bool): True up to and including the first EOS
-    NFE: forward evaluations of the network, counted in rows (a batch of 8 rows is 8)
+    NFE: number of forward evaluations of the network; a batch of 8 canvases counts as 8
 
-THE ONE PICTURE. A rollout keeps, for every completion position, the denoising step that revealed it:
+THE ONE PICTURE. A rollout keeps, for every position of the completion, the denoising step that revealed it:
 
-    completion   3 1 4 2        state before step 0   _ _ _ _      hidden = step >= 0
-    step         1 0 1 0        state before step 1   _ 1 _ 2      hidden = step >= 1
+    completion    3 1 4 2       state before step 0   _ _ _ _      hidden = revealed_at >= 0
+    revealed_at   1 0 1 0       state before step 1   _ 1 _ 2      hidden = revealed_at >= 1
 
-So any intermediate state can be rebuilt from the finished row, and no trajectory is ever stored.
+So every intermediate state can be rebuilt from the finished row, and no trajectory is ever stored.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import itertools
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,20 +42,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import parallel
-from parallel import refuse as refuse  # all but parallel.py import it from here
-
-LOGITS = 2**26  # most logits made at once while scoring: 256 MiB in fp32
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+LOGITS = 2**26  # the most logits that scoring makes at once: 256 MiB in fp32
 
 
 def generator(device: torch.device | str, *key) -> torch.Generator:
-    """A private random generator that is a function of `key`, e.g. (seed, "rollout", update, prompt index).
+    """A private random generator that depends on `key` alone, e.g. (seed, "rollout", update, prompt index).
 
-    Nothing else decides a draw: no generator state has to be saved, the global generator is never touched."""
+    So no generator state has to be saved, and the global generator is never touched."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -62,24 +58,16 @@ def generator(device: torch.device | str, *key) -> torch.Generator:
 
 @dataclass
 class Denoiser:
-    """A bidirectional network that predicts every masked token at once, and the ids a sampler needs."""
+    """A bidirectional network that predicts every masked token at once, and the token ids a sampler needs."""
 
-    network: torch.nn.Module  # a stock transformers class, always in eval mode: no dropout
+    network: torch.nn.Module  # a stock transformers class, always in eval mode, so that there is no dropout
     tokenizer: Callable  # of transformers, too
     mask_id: int
-    eos_id: int  # fills what lies behind the end of an answer
+    eos_id: int  # fills the positions behind the end of an answer
     pad_id: int
     end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
-    shift: bool  # True (Dream): the prediction for position i sits at position i - 1
-    forwards: Counter = dataclasses.field(default_factory=Counter)  # "rows" so far, of frozen copies too
-    twin: torch.nn.Module | None = None  # of a sharded network, in the same shards, where one will be needed
-
-    def frozen(self) -> "Denoiser":
-        """A copy of the network as it is now, to compare with."""
-        if self.twin is None:
-            return dataclasses.replace(self, network=copy.deepcopy(self.network))
-        self.twin.load_state_dict(self.network.state_dict())  # FSDP2 copies no module
-        return dataclasses.replace(self, network=self.twin, twin=None)
+    shift: bool = False  # True (Dream): the prediction for position i sits at position i - 1
+    counts: Counter = dataclasses.field(default_factory=Counter)  # NFE and seconds so far, frozen copies' too
 
     @property
     def device(self) -> torch.device:
@@ -89,32 +77,77 @@ class Denoiser:
     def V(self) -> int:
         return self.network.config.vocab_size
 
-    def autocast(self):
-        """bf16 matrix products on CUDA over fp32 weights; plain fp32 on a CPU.
+    def frozen(self) -> "Denoiser":
+        """A copy of the network as it is now, to compare with."""
+        return dataclasses.replace(self, network=copy.deepcopy(self.network))
 
-        No cache of bf16 weights: a forward uses each weight once, so it would only cost memory."""
+    def autocast(self):
+        """bf16 matrix products over fp32 weights on CUDA; plain fp32 on a CPU.
+
+        bf16 copies of the weights are not cached: a forward uses each weight once, so a cache would only
+        cost memory."""
         on = self.device.type == "cuda"
         return torch.autocast("cuda", torch.bfloat16, enabled=on, cache_enabled=False)
 
     def body(self, x: Tensor, attn: Tensor | None) -> Tensor:
-        """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""
-        self.forwards["rows"] += len(x)
+        """Canvases (B, P+L) to the hidden states (B, P+L, d) that predict each position.
+
+        attn (B, P+L) is False at padding; None where nothing is padded."""
         positions = None
-        if attn is not None:  # the first real token has position 0, padded or not: RoPE rounds alike in both
+        if attn is not None:  # the first real token has position 0, padded or not: RoPE then rounds alike
             positions = (attn.cumsum(1) - 1).clamp(min=0)
         with self.autocast():
-            h = parallel.body(self.network, x, attn, positions)
+            h = self.last_hidden_state(x, attn, positions)
         return torch.cat([h[:, :1], h[:, :-1]], 1) if self.shift else h
 
-    def head(self, h: Tensor) -> Tensor:
-        """Hidden states (..., d) to logits (..., V) in at least fp32, the mask token excluded (-inf).
+    def last_hidden_state(self, x: Tensor, attn: Tensor | None, positions: Tensor | None) -> Tensor:
+        """The transformers model without its head."""
+        return self.network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
 
-        No bf16 here: it would round log p by up to 0.05 nats, and the head runs at few positions."""
+    def head(self, h: Tensor) -> Tensor:
+        """Hidden states (..., d) to logits (..., V) in at least fp32; the mask token is excluded (-inf).
+
+        The head does not run in bf16: that would round log p by up to 0.05 nats, and it runs at few
+        positions anyway."""
         net = self.network
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         z = net.lm_head(h) if hasattr(net, "lm_head") else net.decoder(net.head(h))  # else: ModernBERT
         z[..., self.mask_id] = -math.inf
         return z
+
+    def clip_gradient(self, max_norm: float) -> float:
+        """Scale the gradient down to max_norm if it is longer; returns its norm before."""
+        return torch.nn.utils.clip_grad_norm_(self.network.parameters(), max_norm).item()
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to counts."""
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.counts[f"seconds_{phase}"] += time.perf_counter() - begin
+
+    # Hooks for several processes (plumbing/parallel.py). Every process holds the whole batch and works on a
+    # share of it. Alone, a process's share is everything and there is nobody to exchange with.
+
+    processes = 1
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces of work are this process's."""
+        return range(count)
+
+    def gather(self, items: list) -> list:
+        """The lists of all processes, one behind the other."""
+        return items
+
+    def total(self, values):
+        """The sum over all processes, of a number, a dict of numbers or a tensor."""
+        return values
+
+    def rolling_out(self):
+        """A context in which the processes may make different numbers of forwards."""
+        return contextlib.nullcontext()
 
 
 # -------------------------------------------------------------------------------------------------- 3 sampler
@@ -127,68 +160,68 @@ class Rollout:
     prompt: Tensor  # (B, P) left-padded
     prompt_mask: Tensor  # (B, P) False = padding
     completion: Tensor  # (B, L) EOS everywhere behind the block that held the first EOS
-    step: Tensor  # (B, L) the denoising step that revealed it; S where none did (the tail behind an EOS)
-    logp: Tensor  # (B, L) of the token under the distribution it was sampled from; 0 where step == S
-    entropy: Tensor  # (B, L) of that distribution, nats
-    valid: Tensor  # (B, L) up to and including the first EOS
+    revealed_at: Tensor  # (B, L) the denoising step that revealed it; S where none did (the tail behind EOS)
+    logp: Tensor  # (B, L) of the token, in the distribution it was sampled from; 0 where revealed_at == S
+    entropy: Tensor  # (B, L) of that distribution, in nats
+    valid: Tensor  # (B, L) True up to and including the first EOS
     guess: Tensor | None  # (B, S, L) greedy one-step completion of the state before each step
     mask_id: int
     S: int
-    nfe: int  # canvases evaluated
-    nfe_full: int  # the same, had every row been evaluated: the papers' count
 
     def __getitem__(self, rows) -> "Rollout":
         return self.each(lambda tensor: tensor[rows])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
-        """With every tensor changed."""
+        """The same rollout with every tensor changed."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Rollout(**{k: change(v) if isinstance(v, Tensor) else v for k, v in fields.items()})
 
     @staticmethod
-    def join(parts: list["Rollout"]) -> "Rollout":
-        """The rows of all parts, which were denoised alike."""
-        if len(parts) == 1:
-            return parts[0]
+    def join(rollouts: list["Rollout"]) -> "Rollout":
+        """The rows of all of them, which were denoised with the same settings."""
         fields = {}
         for f in dataclasses.fields(Rollout):
-            values = [getattr(part, f.name) for part in parts]
+            values = [getattr(rollout, f.name) for rollout in rollouts]
             fields[f.name] = torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-        counts = {name: sum(getattr(part, name) for part in parts) for name in ("nfe", "nfe_full")}
-        return Rollout(**fields | counts)
+        return Rollout(**fields)
 
 
 def trim(x: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the columns that are padding in every row: the group of one prompt then needs no mask at all."""
+    """Drop the columns that are padding in every row. The group of one prompt then needs no mask at all."""
     start = int((prompt_mask.any(0).cumsum(0) == 0).sum())
     return x[:, start:], prompt_mask[:, start:]
 
 
 def attention(prompt_mask: Tensor, L: int) -> Tensor | None:
-    """(B, P) to (B, P+L) for the network; None when nothing is padded: its fastest kernel."""
+    """The network's mask (B, P+L) for prompt_mask (B, P). None when nothing is padded: its fastest kernel."""
     return None if prompt_mask.all() else torch.nn.functional.pad(prompt_mask, (0, L), value=True)
 
 
 def until_eos(tokens: Tensor, end_ids: tuple[int, ...]) -> Tensor:
-    """(..., L) tokens to `valid`: True up to and including the first EOS, that is, any of end_ids."""
+    """`valid` of tokens (..., L): True up to and including the first of end_ids."""
     eos = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device)).long()
     return eos.cumsum(-1) - eos == 0
 
 
 def group_noise(gens: list[torch.Generator], B: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniform float64 noise (B, *shape): each group's from its own generator, for all its rows.
+    """Uniform float64 noise (B, *shape): each group's from its own generator, for all of its rows.
 
-    float64 because Gumbel noise made from bf16 or fp32 uniforms cuts the tail of the distribution off."""
+    float64, because Gumbel noise made from bf16 or fp32 uniforms cuts the tail of the distribution off."""
     draw = (B // len(gens), *shape)
     return torch.cat([torch.rand(draw, generator=g, dtype=torch.float64, device=g.device) for g in gens])
 
 
+def gumbel_noise(gens: list[torch.Generator], B: int, shape: tuple[int, ...]) -> Tensor:
+    """-log(-log u) of uniform noise u. In place, since it is as large as the logits."""
+    return group_noise(gens, B, shape).log_().neg_().log_().neg_()
+
+
 def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows of (R, ...) integers: where each of N stands first (N,), in order; which each row is
-    (R,)."""
+    """Of rows (R, ...) of integers: the index of each distinct row's first copy (N,), in increasing order;
+    and for every row, which of the distinct rows it is (R,)."""
     found, which = rows.flatten(1).unique(dim=0, return_inverse=True)
-    here = torch.arange(len(rows), device=rows.device)
-    first, order = here.new_full((len(found),), len(rows)).scatter_reduce(0, which, here, "amin").sort()
+    index = torch.arange(len(rows), device=rows.device)
+    first, order = index.new_full((len(found),), len(rows)).scatter_reduce(0, which, index, "amin").sort()
     return first, order.argsort()[which]
 
 
@@ -196,108 +229,102 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 def denoise(
     model: Denoiser, prompt: Tensor, prompt_mask: Tensor, gens: list[torch.Generator], *,
     L: int, S: int, block: int, temperature: float = 1.0, order: str = "top_prob",
-    threshold: float | None = None, guess: bool = False, budget: int | None = None,
+    threshold: float | None = None, guess: bool = False,
 ) -> Rollout:
     """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), block by block, left to right.
 
-    Each step evaluates the network once, samples a token for every hidden position of a row's current block
-    and reveals the n = L/S most confident. Nothing is masked again. A row is done when a finished block holds
-    an EOS: what follows becomes EOS with step = S and costs no forward. A group is a tree: its rows start
-    from one canvas and part where a sample differs, and each distinct canvas is evaluated once.
+    Each step samples a token for every hidden position of a row's current block and reveals the n = L/S most
+    certain ones. Nothing is masked again. A row is done when a finished block holds an EOS: what follows
+    becomes EOS with revealed_at = S and costs no forward. A group is a tree: its rows start from one canvas
+    and part where a sample differs, and each distinct canvas is evaluated once.
 
-    prompt, prompt_mask: (B, P), left-padded. gens: one per group of adjacent rows; may be empty when nothing
-    is drawn (temperature 0, order not random). block must divide L, L / block must divide S, S must divide L.
-    order: "most confident" is the position of highest probability
-        "confidence"  of the token just sampled (LLaDA): the positions depend on the sampled tokens
-        "top_prob"    of its most likely token: the positions depend on the state alone
+    prompt, prompt_mask: (B, P), left-padded. gens: one for each group of adjacent rows; may be empty if
+    nothing is drawn (temperature 0 and an order that is not random). AssertionError unless block divides L,
+    L / block divides S, and S divides L.
+    order: the most certain positions are those of the highest probability
+        "confidence"  of the token just sampled (LLaDA): the positions then depend on the sampled tokens
+        "top_prob"    of the most likely token: the positions depend on the state alone
         "random"      positions in random order
-    threshold: reveal every position whose probability reaches it, else the single best (Fast-dLLM, arXiv
-        2505.22618), instead of n. Rows then take from L / block to L steps, and S is taken to be L. Needs an
-        order that has a probability.
-    guess: also keep the greedy one-step completion of the state before each step (no extra forward).
-    budget: most tokens in one forward; more rows are denoised in parts, each of at least one whole group.
-        The ranks share the groups. Without a budget all is denoised here and at once.
+    threshold: in place of n positions, reveal every position whose probability reaches it, or else the single
+        best one (Fast-dLLM, arXiv 2505.22618). Rows then take from L / block to L steps, and S is taken to be
+        L. Not for a random order, which has no probability.
+    guess: also keep the greedy one-step completion of the state before each step. It needs no more forwards.
     """
     assert order in ("confidence", "top_prob", "random"), order
+    assert L % block == 0 and L % S == 0 and S % (L // block) == 0, f"L {L}, S {S}, block {block} do not fit"
     assert not (threshold and order == "random"), "a random order has no probability to compare"
-    B, G = len(prompt), len(prompt) // (len(gens) or len(prompt))
-    if budget:
-        each, parts = max(1, budget // (G * (prompt.shape[1] + L))), []  # groups in a part
-        mine = parallel.share(B // G)
-        todo = mine or range(1)  # fewer groups than ranks: keep the others company with the first
-        with parallel.rollout(model):
-            one = each >= len(todo)
-            for g in tqdm(todo[::each], desc="denoising", unit="part", leave=False, disable=one):
-                groups = slice(g, min(g + each, todo.stop))
-                part = slice(groups.start * G, groups.stop * G)
-                parts.append(denoise(
-                    model, prompt[part], prompt_mask[part], gens[groups], L=L, S=S, block=block,
-                    temperature=temperature, order=order, threshold=threshold, guess=guess))
-        if parallel.world() == 1:
-            return Rollout.join(parts)
-        shares = parallel.joined([Rollout.join(parts).each(Tensor.cpu)] if mine else [])
-        return Rollout.join(shares).each(lambda tensor: tensor.to(prompt.device))
-    n, T = L // S, temperature or 1.0  # greedy (T = 0) records the log-probs of T = 1
+    n, T = L // S, temperature or 1.0  # greedy decoding (temperature 0) records the log-probs of T = 1
     S = L if threshold else S
+    B, G = len(prompt), len(prompt) // (len(gens) or len(prompt))
     shown, shown_mask = trim(prompt, prompt_mask)  # what the network sees of the prompt
     P, attn = shown.shape[1], attention(shown_mask, L)
     ends = torch.tensor(model.end_ids, device=prompt.device)
     x = torch.full((B, L), model.mask_id, device=prompt.device)
-    step = torch.full_like(x, S)
+    revealed_at = torch.full_like(x, S)
     logp = torch.zeros(B, L, dtype=torch.float64, device=x.device)
     entropy = torch.zeros_like(logp)
     guesses = torch.full((B, S, L), -1, device=x.device) if guess else None
-    first = torch.zeros(B, dtype=torch.long, device=x.device)  # first column of each row's current block
-    rows = torch.arange(B, device=x.device)  # rows still at work
-    nfe = nfe_full = 0
+    start = torch.zeros(B, dtype=torch.long, device=x.device)  # first column of each row's current block
+    rows = torch.arange(B, device=x.device)  # the R rows that are not done
+
     for s in range(S):
         if len(rows) == 0:
             break
-        which, node = distinct(torch.cat([rows[:, None] // G, x[rows]], 1))  # N canvases; (R,)
-        nodes = rows[which]  # (N,) a row at each
-        nfe, nfe_full = nfe + len(nodes), nfe_full + len(rows)
-        h = model.body(torch.cat([shown[nodes], x[nodes]], 1), None if attn is None else attn[nodes])
+        # Evaluate each distinct canvas of a group once: N canvases for R rows.
+        first, canvas_of = distinct(torch.cat([rows[:, None] // G, x[rows]], 1))  # (N,), (R,)
+        one = rows[first]  # (N,) a row that stands on each canvas
+        h = model.body(torch.cat([shown[one], x[one]], 1), None if attn is None else attn[one])
         h = h[:, P:]  # (N, L, d)
+        model.counts["nfe_rollout"] += len(one)
+        model.counts["nfe_rollout_full"] += len(rows)  # what the papers count
         if guess:
-            guesses[rows, s] = greedy_fill(model, x[nodes], h)[node]
-        cols = first[nodes, None] + torch.arange(block, device=x.device)  # (N, block)
+            guesses[rows, s] = greedy_fill(model, x[one], h)[canvas_of]
+
+        # Give every row the distribution of each position of its block.
+        cols = start[one, None] + torch.arange(block, device=x.device)  # (N, block)
         logits = model.head(h.gather(1, cols[..., None].expand(-1, -1, h.shape[-1])))  # (N, block, V)
-        logprobs = logits.double().div_(T).log_softmax(-1)
-        at_node = torch.broadcast_tensors(node[:, None], torch.arange(block, device=x.device))  # (R, block)
-        if temperature:  # Gumbel-max: the argmax of log p + Gumbel noise is a sample from p
-            noise = group_noise(gens, B, logits.shape[1:])[rows].log_().neg_().log_()  # minus Gumbel
-            token = noise.neg_().add_(logprobs[node]).argmax(-1)  # (R, block)
-        else:
-            token = logprobs.argmax(-1)[node]
-        token_logp = logprobs[*at_node, token]
-        if order == "random":
-            confidence = group_noise(gens, B, (block,))[rows]
-        else:
-            confidence = token_logp if order == "confidence" else logprobs.amax(-1)[node]
-        cols = cols[node]  # (R, block)
+        logprobs = logits.double().div_(T).log_softmax(-1)[canvas_of]  # (R, block, V)
+        cols = cols[canvas_of]  # (R, block)
         hidden = x[rows].gather(1, cols) == model.mask_id  # (R, block)
-        confidence = confidence.masked_fill(~hidden, -math.inf)
-        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most confident
+
+        # Sample a token for each position: the argmax of log p + Gumbel noise is a sample from p.
+        if temperature:
+            token = gumbel_noise(gens, B, logprobs.shape[1:])[rows].add_(logprobs).argmax(-1)  # (R, block)
+        else:
+            token = logprobs.argmax(-1)
+        token_logp = logprobs.gather(-1, token[..., None])[..., 0]
+
+        # Rank the hidden positions by how certain they are. Rank 0 is the most certain.
+        if order == "random":
+            certainty = group_noise(gens, B, (block,))[rows]
+        else:
+            certainty = token_logp if order == "confidence" else logprobs.amax(-1)
+        certainty = certainty.masked_fill(~hidden, -math.inf)
+        rank = certainty.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+        # Reveal the n most certain ones, or all that reach the threshold.
         reveal = rank < n
         if threshold:
-            reveal = hidden & ((confidence >= math.log(threshold)) | (rank == 0))
+            reveal = hidden & ((certainty >= math.log(threshold)) | (rank == 0))
         at = rows[:, None].expand_as(cols)[reveal], cols[reveal]
-        x[at], step[at], logp[at] = token[reveal], s, token_logp[reveal]
-        revealed = logprobs[at_node[0][reveal], at_node[1][reveal]]  # (R * n, V)
-        entropy[at] = torch.special.entr(revealed.exp()).sum(-1)  # entr(0) = 0
+        x[at], revealed_at[at], logp[at] = token[reveal], s, token_logp[reveal]
+        entropy[at] = torch.special.entr(logprobs[reveal].exp()).sum(-1)  # entr(0) = 0
+
+        # Go on to the next block. A row is done after its last one, or when it has written an EOS.
         block_done = ~(hidden & ~reveal).any(1)
-        first[rows] += block * block_done
-        done = block_done & ((first[rows] == L) | torch.isin(x[rows], ends).any(1))
-        rows = rows[~done]
-    x = x.masked_fill(x == model.mask_id, model.eos_id)  # only rows that ended early have masks left
-    if guess:  # before a step it never took, a row was complete
+        start[rows] += block * block_done
+        ended = torch.isin(x[rows], ends).any(1)
+        rows = rows[~(block_done & ((start[rows] == L) | ended))]
+
+    x = x.masked_fill(x == model.mask_id, model.eos_id)  # only rows that an EOS ended have masks left
+    if guess:  # a row was complete before a step that it never took
         guesses = torch.where(guesses < 0, x[:, None], guesses)
-    return Rollout(prompt, prompt_mask, x, step, logp.to(logits.dtype), entropy.to(logits.dtype),
-                   until_eos(x, model.end_ids), guesses, model.mask_id, S, nfe, nfe_full)
+    return Rollout(prompt, prompt_mask, x, revealed_at, logp.to(logits.dtype), entropy.to(logits.dtype),
+                   until_eos(x, model.end_ids), guesses, model.mask_id, S)
 
 
 def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
-    """Fill each hidden position of x (R, L) with its most likely token, given hidden states h (R, L, d).
+    """Fill each hidden position of x (R, L) with its most likely token, given the hidden states h (R, L, d).
 
     The head runs in parts, so that a real vocabulary never makes (R, L, V) logits."""
     hidden = x == model.mask_id
@@ -307,14 +334,39 @@ def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
     return filled
 
 
+def roll_out(
+    model: Denoiser, prompt: Tensor, prompt_mask: Tensor, gens: list[torch.Generator], *,
+    budget: int, L: int, **sampling,
+) -> Rollout:
+    """denoise() for any number of rows: in parts of whole groups, and shared by the processes.
+
+    budget: the most tokens in one forward. A part has at least one group. What is sampled depends neither on
+    the budget nor on the number of processes."""
+    G = len(prompt) // (len(gens) or len(prompt))
+    groups_at_once = max(1, budget // (G * (prompt.shape[1] + L)))
+    own = model.share(len(prompt) // G)
+    todo = own or range(1)  # fewer groups than processes: keep the others company with the first group
+    rollouts = []
+    with model.timed("rollout"), model.rolling_out():
+        for g in tqdm(todo[::groups_at_once], desc="denoising", unit="part", leave=False,
+                      disable=len(todo) <= groups_at_once):
+            end = min(g + groups_at_once, todo.stop)
+            rows = slice(g * G, end * G)
+            rollouts.append(denoise(model, prompt[rows], prompt_mask[rows], gens[g:end], L=L, **sampling))
+    if model.processes == 1:
+        return Rollout.join(rollouts)
+    shares = model.gather([Rollout.join(rollouts).each(Tensor.cpu)] if own else [])
+    return Rollout.join(shares).each(lambda tensor: tensor.to(prompt.device))
+
+
 # -------------------------------------------------------------------------------------------------- 4 scoring
 
 
 def canvas(rollout: Rollout, hidden: Tensor) -> Tensor:
-    """The rows of a rollout with the completion positions `hidden` (B, L) masked again: (B, P+L). Or, for K
-    canvases of each row, (B, K, L): (B, K, P+L).
+    """The rows of a rollout with the completion positions `hidden` (B, L) masked again: (B, P+L). For K
+    canvases of each row, hidden (B, K, L), it is (B, K, P+L).
 
-    hidden = rollout.step >= s[:, None] is exactly what the sampler saw before step s."""
+    hidden = revealed_at >= s[:, None] gives exactly what the sampler saw before step s."""
     prompt, completion = rollout.prompt, rollout.completion
     if hidden.dim() == 3:
         prompt = prompt[:, None].expand(-1, hidden.shape[1], -1)
@@ -323,65 +375,88 @@ def canvas(rollout: Rollout, hidden: Tensor) -> Tensor:
 
 
 def log_prob(logits: Tensor, at: Tensor, token: Tensor) -> Tensor:
-    """log p (m,) of `token` (m,) at row `at` (m,) of logits (D, V), without ever holding (D, V) of them."""
+    """log p (m,) of `token` (m,) at row `at` (m,) of logits (D, V), without making (D, V) log-probs."""
     return logits[at, token] - logits.logsumexp(1)[at]
 
 
 def score(
     model: Denoiser, x: Tensor, prompt_mask: Tensor, target: Tensor, where: Tensor, temperature: float,
-    read: Callable[[Tensor, Tensor, Tensor], Tensor] = log_prob,
+    read_out: Callable[[Tensor, Tensor, Tensor], Tensor] = log_prob,
 ) -> Tensor:
     """log p(target | canvas) at the positions `where`, 0 elsewhere: (M, L). One forward.
 
     x: (M, P+L) canvases, of which each distinct one is evaluated once. target, where: (M, L).
-    The distribution is the sampler's: same temperature, no mask token. The head runs once at each scored
-    position of a canvas, in parts whose logits backward computes again, so that (M, V) of a real vocabulary
-    never live at once. read: a function like log_prob, in its place."""
+    The distribution is the sampler's: the same temperature, no mask token. The head runs once at each scored
+    position of a canvas. It runs in parts whose logits backward computes again, so that (M, V) logits of a
+    real vocabulary never exist at once. read_out: what to read from the logits in place of log_prob."""
     L = target.shape[1]
-    first, node = distinct(torch.cat([x, prompt_mask], 1))  # N canvases; (M,)
+    first, canvas_of = distinct(torch.cat([x, prompt_mask], 1))  # N canvases; (M,)
     shown, shown_mask = trim(x[first], prompt_mask[first])
     h = model.body(shown, attention(shown_mask, L))[:, -L:]  # (N, L, d)
-    row, col = where.nonzero().T  # (m,)
-    place, at = (node[row] * L + col).unique(return_inverse=True)  # D places for the head; (m,) which
+    model.counts["nfe_update"] += len(first)
+    model.counts["nfe_update_full"] += len(x)  # what the papers count
+    row, col = where.nonzero().T  # (m,) the scored tokens
+    place, at = (canvas_of[row] * L + col).unique(return_inverse=True)  # D places for the head; (m,) which
     h, token = h.flatten(0, 1)[place], target[where]
 
-    def found_part(h: Tensor, at: Tensor, token: Tensor) -> Tensor:
-        return read(model.head(h).div_(temperature or 1.0), at, token)
+    def read_part(h: Tensor, at: Tensor, token: Tensor) -> Tensor:
+        return read_out(model.head(h).div_(temperature or 1.0), at, token)
 
     size = max(1, LOGITS // model.V)
     if len(h) <= size:
-        found = found_part(h, at, token)
+        found = read_part(h, at, token)
     else:
-        order = at.argsort()  # tokens in the order of their places, to be split alike
+        order = at.argsort()  # tokens in the order of their places, so that both can be split alike
         counts = torch.bincount(at // size).tolist()
         parts = zip(h.split(size), (at[order] % size).split(counts), token[order].split(counts), strict=True)
         again = dict(use_reentrant=False, preserve_rng_state=False)
-        found = torch.cat([checkpoint(found_part, *part, **again) for part in parts])[order.argsort()]
+        found = torch.cat([checkpoint(read_part, *part, **again) for part in parts])[order.argsort()]
     out = found.new_zeros(where.shape)
     out[where] = found
     return out
 
 
-def micro_batches(pairs: Tensor, x: Tensor, budget: int) -> Iterator[Tensor]:
-    """This rank's share of `pairs` (M, 2), a row and one of its canvases x (B, K, ...), split so that one
-    forward holds at most `budget` tokens, and at least one canvas. Equal canvases stay together, count once.
+def worth_scoring(model: Denoiser, pairs: Tensor, moves: Tensor, times: int) -> Tensor:
+    """The pairs (M, 2) whose loss can move a weight; moves: (M,).
 
-    The method calls backward on each part's share of a loss whose normaliser was counted over the whole
-    batch, so the gradient depends neither on the budget nor on the ranks, which sum theirs. All ranks get
-    the same number of parts, some perhaps of no pair: a loss of 0, whose backward goes along."""
+    The others are not evaluated. They are counted as the papers' code would: `times` forwards each."""
+    model.counts["nfe_update_full"] += len(model.share(len(pairs) - int(moves.sum()))) * times
+    return pairs[moves]
+
+
+def minibatches(pairs: Tensor, prompts: int, G: int, count: int, gen: torch.Generator) -> Iterator[Tensor]:
+    """Split `pairs` (M, 2), a row and one of its canvases, into `count` minibatches of a pass over a rollout.
+
+    A minibatch holds all pairs of its groups, of which there are prompts / count, drawn by gen (on the CPU).
+    Groups without any pair make no minibatch: an optimizer step there would be momentum and weight decay
+    alone."""
+    for groups in torch.randperm(prompts, generator=gen).to(pairs.device).chunk(count):
+        batch = pairs[torch.isin(pairs[:, 0] // G, groups)]
+        if len(batch):
+            yield batch
+
+
+def micro_batches(model: Denoiser, pairs: Tensor, x: Tensor, budget: int) -> Iterator[Tensor]:
+    """Split this process's share of `pairs` (M, 2), a row and one of its canvases x (B, K, ...), so that one
+    forward holds at most `budget` tokens, and at least one canvas. Equal canvases stay together and count
+    once.
+
+    The method calls backward on each micro-batch's share of a loss whose normaliser was counted over the
+    whole minibatch. So the gradient depends neither on the budget nor on the number of processes, which sum
+    theirs. A process without work gets an empty micro-batch, because all must call backward equally often."""
     if len(pairs) == 0:
         return
     canvases = x[pairs[:, 0], pairs[:, 1]].flatten(1)  # (M, tokens)
-    first, node = distinct(canvases)
-    size, mine = max(1, budget // canvases.shape[1]), parallel.share(len(first))
-    for i in range(0, -(-len(first) // parallel.world()), size):
-        part = mine[i : i + size]
-        yield pairs[(part.start <= node) & (node < part.stop)]
+    first, canvas_of = distinct(canvases)
+    size, own = max(1, budget // canvases.shape[1]), model.share(len(first))
+    for i in range(0, -(-len(first) // model.processes), size):
+        part = own[i : i + size]
+        yield pairs[(part.start <= canvas_of) & (canvas_of < part.stop)]
 
 
-def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
-    """Sum per-token values (B, L) over the tokens each step revealed: (B, S). The tail (step = S) is out."""
-    return values.new_zeros(len(values), S + 1).scatter_add(1, step, values)[:, :S]
+def per_step(values: Tensor, revealed_at: Tensor, S: int) -> Tensor:
+    """Sum values (B, L) over the tokens that each step revealed: (B, S). The tail (S) is left out."""
+    return values.new_zeros(len(values), S + 1).scatter_add(1, revealed_at, values)[:, :S]
 
 
 # -------------------------------------------------------------------------------------- 5 prompts and rewards
@@ -389,45 +464,33 @@ def per_step(values: Tensor, step: Tensor, S: int) -> Tensor:
 
 @dataclass
 class Task:
-    """Prompts and the reward of what is answered; its parts always have `correct` and `parse_fail`."""
+    """Prompts, and the reward of an answer. The parts of a reward always have `correct` and `parse_fail`."""
 
     train: list[dict]  # each row has "prompt", a user's message, and what the reward reads; may be empty
     test: list[dict]  # held out
     reward: Callable[[str, dict], tuple[float, dict[str, float]]]
-    draw: Callable[[str, dict], list[str]]  # a completion as a person would want to see it, line by line
+    draw: Callable[[str, dict], list[str]]  # an answer as a person would want to see it, line by line
     parallel: bool = False  # the reward waits for other processes: rows may be scored in many threads at once
 
 
-def draw_prompts(args, count: int, update: int) -> list[int]:
-    """Which of `count` prompts an update trains on: an epoch is one permutation, none twice in an update."""
-    epoch, batch = divmod(update, count // args.prompts)
-    order = torch.randperm(count, generator=generator("cpu", args.seed, "prompts", epoch))
-    return order[batch * args.prompts : (batch + 1) * args.prompts].tolist()
-
-
-def minibatches(args, pairs: Tensor, update: int, epoch: int) -> Iterator[Tensor]:
-    """Split `pairs` (M, 2), a row and one more index, into the minibatches of a pass over a rollout: each
-    holds all pairs of its groups, and the groups are shuffled anew in every pass. Groups without any pair
-    make none: an optimizer step there would be momentum and weight decay alone."""
-    gen = generator("cpu", args.seed, "pass", update, epoch)
-    shuffle = torch.randperm(args.prompts, generator=gen)
-    for groups in shuffle.to(pairs.device).chunk(args.minibatches):
-        batch = pairs[torch.isin(pairs[:, 0] // args.G, groups)]
-        if len(batch):
-            yield batch
+def draw_prompts(count: int, prompts: int, seed: int, update: int) -> list[int]:
+    """Which of `count` prompts an update trains on. An epoch is one permutation: none twice in an update."""
+    epoch, batch = divmod(update, count // prompts)
+    order = torch.randperm(count, generator=generator("cpu", seed, "prompts", epoch))
+    return order[batch * prompts : (batch + 1) * prompts].tolist()
 
 
 def chat_prompt(model: Denoiser, message: str) -> str:
     """A user's message in the model's own chat template, up to where the answer begins."""
     messages = [{"role": "user", "content": message}]
-    return model.tokenizer.apply_chat_template(  # enable_thinking: Qwen3's; other templates do not read it
+    return model.tokenizer.apply_chat_template(  # enable_thinking is Qwen3's; other templates do not read it
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Prompts to left-padded ids (B, P) and their mask (B, P), False = padding. Nothing is ever cut.
 
-    A model with a chat template is asked in it: the one place, for training and evaluation alike."""
+    A model with a chat template is asked in it, in training and in evaluation."""
     if model.tokenizer.chat_template:
         texts = [chat_prompt(model, text) for text in texts]
     ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -441,21 +504,23 @@ def reward_rows(
     model: Denoiser, task: Task, tokens: Tensor, rows: list[dict]
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`."""
-    valid = until_eos(tokens, model.end_ids).tolist()
-    ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
-    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    mine = [(texts[i], rows[i]) for i in parallel.share(len(rows))]
-    if task.parallel:  # the reward waits for other processes
-        with ThreadPoolExecutor(max(1, 4 * os.cpu_count() // parallel.on_this_machine())) as pool:
-            scored = list(pool.map(lambda pair: task.reward(*pair), mine))
-    else:
-        scored = [task.reward(*pair) for pair in mine]
-    scored = parallel.joined(scored)
+    with model.timed("reward"):
+        valid = until_eos(tokens, model.end_ids).tolist()
+        ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
+        texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        own = [(texts[i], rows[i]) for i in model.share(len(rows))]
+        if task.parallel:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+            with ThreadPoolExecutor(max(1, 4 * os.cpu_count() // here)) as pool:
+                scored = list(pool.map(lambda pair: task.reward(*pair), own))
+        else:
+            scored = [task.reward(*pair) for pair in own]
+        scored = model.gather(scored)
     parts = {k: torch.tensor([p[k] for _, p in scored]) for k in scored[0][1]}
-    return torch.tensor([total for total, _ in scored], device=tokens.device), parts, texts
+    return torch.tensor([reward for reward, _ in scored], device=tokens.device), parts, texts
 
 
-def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: int) -> dict:
+def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: int) -> dict[str, float]:
     """What every method logs of a rollout."""
     groups = reward.view(-1, G)
     return {
@@ -465,3 +530,39 @@ def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: 
         "entropy": roll.entropy[roll.valid].mean().item(),
         "length": roll.valid.sum(1).float().mean().item(),
     }
+
+
+# ------------------------------------------------------------------------------------------------------ 6 run
+
+
+class Run:
+    """The loop around a method: its updates, the optimizer's steps, and a line about each update.
+
+    plumbing/run.py extends it with a folder, checkpoints and evaluation."""
+
+    def __init__(self, updates: int):
+        self.wanted = updates
+        self.counters = Counter()  # what a method adds up over the whole run
+
+    def updates(self, model: Denoiser, optimizer: torch.optim.Optimizer) -> Iterator[int]:
+        """Yield 0, 1, ... once for each update that the method is to make."""
+        self.model, self.optimizer = model, optimizer
+        for update in range(self.wanted):
+            self.update = update
+            yield update
+
+    def step(self, loss: float, max_grad_norm: float) -> float:
+        """Clip the gradient and make one optimizer step; returns the gradient's norm before clipping.
+
+        No step is made if the loss or the norm is not finite."""
+        norm = self.model.clip_gradient(max_grad_norm)
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def log(self, metrics: dict[str, float], infos: list[dict[str, float]]):
+        """Print a line: metrics of its rollout, and the means of infos, one for each optimizer step."""
+        infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]  # nothing could move a weight
+        means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
+        print(f"update {self.update}:", *(f"{k} {v:.4g}" for k, v in (metrics | means).items()))

@@ -44,21 +44,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    micro_batches, minibatches, per_step, refuse, reward_rows, rollout_metrics, score)
-from run import Flags, Run, evaluate_only, parse_args, setup
+from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, generator, group_noise,
+                    micro_batches, minibatches, per_step, reward_rows, roll_out, rollout_metrics, score,
+                    worth_scoring)
 
 
 @dataclass
-class Args(Flags):
+class Args:
+    # The rollout.
     prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 320  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
+    seed: int = 1  # decides every random draw
+    budget: int = 8448  # most tokens in one forward; no result depends on it
+
+    # The method.
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)
     baseline: Literal["rank", "step"] = "step"  # group mean at the same denoising step, or rank (paper)
@@ -66,19 +70,18 @@ class Args(Flags):
     eps_lo: float = 0.2  # lower clip (paper: 0.2)
     eps_hi: float = 0.5  # upper clip (paper: 0.5)
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.04); 0: no reference model
+
+    # The optimizer, AdamW.
     passes: int = 1  # passes over the kept steps of a rollout
     minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 1e-4  # AdamW (paper: 3e-5 with LoRA; full fine-tuning of an LLM: start at 1e-6)
+    lr: float = 1e-4  # learning rate (paper: 3e-5 with LoRA; full fine-tuning of an LLM: start at 1e-6)
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
+    weight_decay: float = 0.01
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
-
-# Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=520)
-
-# Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
-LLM = dict(
-    prompts=4, G=8, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, K=8, beta=0.04, lr=1e-6, grad_norm=0.2)
+    def __post_init__(self):
+        assert 1 <= self.K <= self.S, f"--K {self.K} must be from 1 to S = {self.S}"
+        assert self.eps_lo <= 1, "--eps_lo must be at most 1: a ratio is never below 0"
 
 
 def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,8 +89,8 @@ def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, T
 
     taken is False where a row, ended by an EOS, took fewer than K steps. noise (B, S): take K steps at random
     instead, still ranked by entropy."""
-    count = per_step(torch.ones_like(roll.entropy), roll.step, roll.S)  # tokens revealed by each step
-    entropy = per_step(roll.entropy, roll.step, roll.S) / count.clamp(min=1)
+    count = per_step(torch.ones_like(roll.entropy), roll.revealed_at, roll.S)  # tokens revealed by each step
+    entropy = per_step(roll.entropy, roll.revealed_at, roll.S) / count.clamp(min=1)
     wanted = entropy if noise is None else noise
     chosen = wanted.masked_fill(count == 0, -1.0).topk(K).indices  # (B, K)
     by_entropy = entropy.gather(1, chosen).masked_fill(count.gather(1, chosen) == 0, -1.0)
@@ -107,7 +110,7 @@ def advantage(ret: Tensor, taken: Tensor, G: int) -> Tensor:
     mean = (ret * taken).sum(1, keepdim=True) / taken.sum(1, keepdim=True).clamp(min=1)
     highest = ret.masked_fill(~taken, -torch.inf).amax(1, keepdim=True)
     lowest = ret.masked_fill(~taken, torch.inf).amin(1, keepdim=True)
-    # by definition, not by subtraction: fp32 means would leave +-1e-8, which Adam turns into full-sized steps
+    # Exactly 0 if all returns are equal: subtraction would leave +-1e-8, which Adam scales up to full steps.
     return ((ret - mean) * (taken & (highest > lowest))).flatten(0, 1)
 
 
@@ -126,10 +129,12 @@ def stepwise_advantage(
     return (advantage(reward[:, None], taken[:, :1], G) - lam / (1 + lam) * guess_adv) * taken
 
 
-def step_logp(model: Denoiser, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
-    """l(b, s) (B,): log p of what step s (B,) revealed, on the canvas the sampler saw. One forward."""
-    hidden, revealed = roll.step >= s[:, None], roll.step == s[:, None]
-    return score(model, canvas(roll, hidden), roll.prompt_mask, roll.completion, revealed, temperature).sum(1)
+def step_logp(
+    model: Denoiser, x: Tensor, roll: Rollout, s: Tensor, temperature: float
+) -> Tensor:
+    """l(b, s) (M,): log p of what step s (M,) of rows `roll` revealed, on the canvas x (M, P+L) before it."""
+    revealed = roll.revealed_at == s[:, None]  # (M, L)
+    return score(model, x, roll.prompt_mask, roll.completion, revealed, temperature).sum(1)
 
 
 def policy_loss(
@@ -149,67 +154,58 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def train(args: Args) -> float:
-    """One run; returns the held-out accuracy at its end."""
-    if not 1 <= args.K <= args.S:
-        refuse(f"--K {args.K} must be from 1 to S = {args.S}")
-    if args.eps_lo > 1:
-        refuse("--eps_lo must be at most 1: a ratio is never below 0")
-    # <frozen: setup>
-    model, task = setup(args)
-    if args.eval_only:
-        return evaluate_only(args, model, task)
-    # </frozen>
-    reference = model.frozen() if args.beta else None  # as before training, also when resumed
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
-    run = Run(args, METHOD, model, task, optimizer)
+def train(args: Args, model: Denoiser, task: Task, run: Run):
+    """Train `model` in place on the prompts of `task`, for the updates of `run`."""
+    reference = model.frozen() if args.beta else None  # the model before training
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay,
+        fused=model.device.type == "cuda")  # fused: needs less memory
     K, n = args.S if args.select == "all" else args.K, args.L // args.S
 
-    while not run.boundary():  # 1 save, evaluate
-        # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, order=args.order, guess=args.lam > 0, budget=args.budget)
-        run.rolled_out(roll)
+    for update in run.updates(model, optimizer):
+        # 1 Roll out: G completions of each prompt.
+        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                        temperature=args.temperature, order=args.order, guess=args.lam > 0,
+                        budget=args.budget)
         noise = None
         if args.select == "uniform":
-            gens = [generator(model.device, args.seed, "select", run.update, i) for i in ids]
+            gens = [generator(model.device, args.seed, "select", update, i) for i in ids]
             noise = group_noise(gens, len(rows), (args.S,))
         steps, taken = select_steps(roll, K, noise)  # (B, K)
 
-        # 3 reward: of the completions, and of the one-step guesses at the kept steps
+        # 2 Reward: of the completions, and of the one-step guesses at the kept steps.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
         guess_reward = torch.zeros_like(reward)[:, None].expand(-1, K)
         if args.lam > 0:
             guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, args.L)).flatten(0, 1)  # (B * K, L)
             guess_rows = [row for row in rows for _ in range(K)]
             guess_reward = reward_rows(model, task, guess, guess_rows)[0].view(-1, K)
-        run.lap("reward")
 
-        # 4 advantage
+        # 3 Advantage, and the log-probabilities that the tokens were sampled with.
         adv = stepwise_advantage(reward, guess_reward, steps, taken, args.G, args.S, args.lam, args.baseline)
-        logp_old = per_step(roll.logp, roll.step, args.S).gather(1, steps)  # (B, K), as sampled
+        logp_old = per_step(roll.logp, roll.revealed_at, args.S).gather(1, steps)  # (B, K)
 
-        # 5 update: without a KL, a pair whose advantage is 0 cannot move a weight
-        x = canvas(roll, roll.step[:, None] >= steps[..., None])  # (B, K, P+L)
-        pairs = (taken if reference else taken & (adv != 0)).nonzero()  # (M, 2): a row and one of its K steps
+        # 4 Update, on the canvases before the kept steps.
+        x = canvas(roll, roll.revealed_at[:, None] >= steps[..., None])  # (B, K, P+L)
+        pairs = taken.nonzero()  # (M, 2): a row and one of its K steps
+        if not reference:  # without a KL, an advantage of 0 cannot move a weight
+            pairs = worth_scoring(model, pairs, adv[taken] != 0, args.passes)
         infos = []
         for epoch in range(args.passes):
-            run.counters["nfe_update_full"] += taken.sum().item() * (2 if reference else 1)
-            for batch in minibatches(args, pairs, run.update, epoch):
+            gen = generator("cpu", args.seed, "pass", update, epoch)
+            for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
-                for part in micro_batches(batch, x, args.budget):
+                for part in micro_batches(model, batch, x, args.budget):
                     r, k = part.unbind(1)
-                    s = steps[r, k]
-                    logp = step_logp(model, roll[r], s, args.temperature)  # (M,)
+                    logp = step_logp(model, x[r, k], roll[r], steps[r, k], args.temperature)  # (M,)
                     loss, was_clipped = policy_loss(logp, logp_old[r, k], adv[r, k], args.eps_lo, args.eps_hi)
                     if reference:
                         with torch.no_grad():
-                            logp_ref = step_logp(reference, roll[r], s, args.temperature)
+                            logp_ref = step_logp(reference, x[r, k], roll[r], steps[r, k], args.temperature)
                         kl = k3(logp, logp_ref)
                         loss = loss + args.beta * kl
                         info["kl"] += kl.sum().item() / len(batch)
@@ -217,15 +213,22 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.float().sum().item() / len(batch)
-                info = run.summed(info)  # over the GPUs, if there are several
-                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                info = model.total(info)  # over the processes, if there are several
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
                 infos.append(info)
 
-        # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
-    return run.finish()
+        # 5 Log.
+        run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-METHOD = "egspo"
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
+# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB.
+SUDOKU = dict(updates=320)
+COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=520)
+LLM = dict(prompts=4, G=8, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, beta=0.04, lr=1e-6,
+           grad_norm=0.2)
+
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    from plumbing.run import main
+
+    main(train, Args, SUDOKU, COUNTDOWN, LLM)

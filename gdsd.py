@@ -35,37 +35,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    log_prob, micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
-from run import Flags, Run, evaluate_only, parse_args, setup
+from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, generator, group_noise,
+                    log_prob, micro_batches, minibatches, reward_rows, roll_out, rollout_metrics, score)
 
 
 @dataclass
-class Args(Flags):
+class Args:
+    # The rollout.
     prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 20  # rollouts, each with its optimizer steps
+    seed: int = 1  # decides every random draw
+    budget: int = 8448  # most tokens in one forward; no result depends on it
+
+    # The method.
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     num_mc: int = 2  # mask pairs per row (paper: 2)
     psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10; see above)
     beta: float = 0.0  # weight of the reference (paper: 1e-3; see above); 0: no reference model
+
+    # The optimizer, AdamW.
     passes: int = 2  # mu, passes per rollout (paper: 8)
     minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 1e-4  # AdamW (paper: 3e-6; MATH 1e-5)
+    lr: float = 1e-4  # learning rate (paper: 3e-6; MATH 1e-5)
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
+    weight_decay: float = 0.01
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
-
-# Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=82)
-
-# Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
-LLM = dict(
-    prompts=2, G=16, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_threshold=0.0, save_every=50, minibatches=1, psi=20.0, beta=0.064, passes=8, lr=3e-6, grad_norm=0.2)
+    def __post_init__(self):
+        assert self.num_mc >= 1, "--num_mc must be at least 1"
 
 
 def advantage(reward: Tensor, G: int) -> Tensor:
@@ -95,17 +96,20 @@ def centred_logit(logits: Tensor, at: Tensor, token: Tensor) -> Tensor:
     return logits[at, token] - mean[at]
 
 
+READ_OUT = {"logp": log_prob, "tlc": centred_logit}
 DRIFT = 20.0  # a mean score this far from where it began (in nats or logits) is worth a warning
-READ = {"logp": log_prob, "tlc": centred_logit}
 
 
-def pair_score(model: Denoiser, roll: Rollout, hidden: Tensor, match: str, temperature: float) -> Tensor:
-    """c (M,) of rows `roll`, each under a mask pair, hidden (M, 2, L): mean read-out of the valid tokens."""
-    both = torch.arange(len(hidden), device=hidden.device).repeat_interleave(2)
-    rows, hidden = roll[both], hidden.flatten(0, 1)  # a mask and its complement, adjacent: 2 M canvases
-    where = hidden & rows.valid
-    x = canvas(rows, hidden)
-    found = score(model, x, rows.prompt_mask, rows.completion, where, temperature, READ[match])
+def pair_score(
+    model: Denoiser, x: Tensor, roll: Rollout, hidden: Tensor, match: str, temperature: float
+) -> Tensor:
+    """c (M,) of rows `roll`: the mean read-out of the valid tokens, each on the two canvases x (M, 2, P+L) of
+    a mask pair, hidden (M, 2, L)."""
+    both = torch.arange(len(x), device=x.device).repeat_interleave(2)  # a mask and its complement, adjacent
+    rows = roll[both]
+    where = hidden.flatten(0, 1) & rows.valid
+    found = score(model, x.flatten(0, 1), rows.prompt_mask, rows.completion, where, temperature,
+                  READ_OUT[match])  # (2 M, L)
     return found.sum(1).view(-1, 2).sum(1) / roll.valid.sum(1)
 
 
@@ -116,85 +120,87 @@ def distillation_loss(
     return (c - c_old - psi * adv) ** 2 + beta * (c - c_ref) ** 2
 
 
-def train(args: Args) -> float:
-    """One run; returns the held-out accuracy at its end."""
-    if args.num_mc < 1:
-        refuse("--num_mc must be at least 1")
-    # <frozen: setup>
-    model, task = setup(args)
-    if args.eval_only:
-        return evaluate_only(args, model, task)
-    # </frozen>
-    reference = model.frozen() if args.beta else None  # as before training, also when resumed
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
-    run = Run(args, METHOD, model, task, optimizer)
+def train(args: Args, model: Denoiser, task: Task, run: Run):
+    """Train `model` in place on the prompts of `task`, for the updates of `run`."""
+    reference = model.frozen() if args.beta else None  # the model before training
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay,
+        fused=model.device.type == "cuda")  # fused: needs less memory
 
-    while not run.boundary():  # 1 save, evaluate
-        # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, budget=args.budget)
-        run.rolled_out(roll)
+    for update in run.updates(model, optimizer):
+        # 1 Roll out: G completions of each prompt.
+        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                        temperature=args.temperature, budget=args.budget)
 
-        # 3 reward
+        # 2 Reward.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        run.lap("reward")
 
-        # 4 advantage, masks, and the scores to move away from and to stay close to
+        # 3 Advantage.
         adv = advantage(reward, args.G)  # (B,)
-        gens = [generator(model.device, args.seed, "masks", run.update, i) for i in ids]
+
+        # 4 Masks, and the scores under them to move away from and to stay close to.
+        gens = [generator(model.device, args.seed, "masks", update, i) for i in ids]
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
-        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2); at A = 0 c is held in place
         x = torch.stack([canvas(roll, half) for half in hidden.unbind(2)], 2)  # (B, num_mc, 2, P+L)
+        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2); at A = 0 c is held in place
         c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
         c_ref = torch.zeros_like(c_old)
         with torch.no_grad():
-            for part in micro_batches(pairs, x, args.budget):
+            for part in micro_batches(model, pairs, x, args.budget):
                 r, j = part.unbind(1)
-                c_old[r, j] = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
+                c_old[r, j] = pair_score(model, x[r, j], roll[r], hidden[r, j], args.match, args.temperature)
                 if reference:
-                    c_ref[r, j] = pair_score(reference, roll[r], hidden[r, j], args.match, args.temperature)
-        c_old, c_ref = run.summed(c_old), run.summed(c_ref)  # over the GPUs, if there are several
-        run.counters["nfe_update_full"] += 2 * len(pairs) * ((2 if reference else 1) + args.passes)
+                    c_ref[r, j] = pair_score(reference, x[r, j], roll[r], hidden[r, j], args.match,
+                                             args.temperature)
+        c_old, c_ref = model.total(c_old), model.total(c_ref)  # over the processes, if there are several
 
-        # 5 update
+        # 5 Update.
         infos = []
         for epoch in range(args.passes):
             c_new = torch.zeros_like(c_old)
-            for batch in minibatches(args, pairs, run.update, epoch):
-                total = 0.0
-                for part in micro_batches(batch, x, args.budget):
+            gen = generator("cpu", args.seed, "pass", update, epoch)
+            for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
+                info = {"loss": 0.0}
+                for part in micro_batches(model, batch, x, args.budget):
                     r, j = part.unbind(1)
-                    c = pair_score(model, roll[r], hidden[r, j], args.match, args.temperature)
+                    c = pair_score(model, x[r, j], roll[r], hidden[r, j], args.match, args.temperature)
                     c_new[r, j] = c.detach()
                     loss = distillation_loss(c, c_old[r, j], c_ref[r, j], adv[r], args.psi, args.beta)
                     loss = loss.sum() / len(batch)  # mean over rows and mask pairs
                     loss.backward()
-                    total += loss.item()
-                total = run.summed(total)
-                infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
+                    info["loss"] += loss.item()
+                info = model.total(info)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                infos.append(info)
 
-        # 6 log: how far c is from c_old, as the last pass found it before its own steps, against its target
-        move, target = run.summed(c_new) - c_old, args.psi * adv
-        drift = move.nanmean().item()  # targets average to zero
-        run.counters["drift"] = run.counters.get("drift", 0.0) + (drift if math.isfinite(drift) else 0.0)
+        # 6 Log: how far c is from c_old, as the last pass found it before its own steps, and its target.
+        move, target = model.total(c_new) - c_old, args.psi * adv
+        drift = move.nanmean().item()  # the targets average to zero
+        run.counters["drift"] += drift if math.isfinite(drift) else 0.0
         if abs(run.counters["drift"]) > DRIFT:
-            tqdm.write(f"update {run.update + 1}: c has drifted by {run.counters['drift']:.1f}, which no "
+            tqdm.write(f"update {update + 1}: c has drifted by {run.counters['drift']:.1f}, which no "
                        "reward asked for: lower --lr or --passes, or set --beta")
-        run.log_update(rollout_metrics(roll, reward, parts, args.G) | {
+        run.log(rollout_metrics(roll, reward, parts, args.G) | {
             "c_mean": c_old.mean().item(),
             "c_std": c_old.std().item(),
             "move_mean": move.mean().item(),
             "move_std": move.std().item(),
             "target_std": target.std().item(),
         }, infos)
-    return run.finish()
 
 
-METHOD = "gdsd"
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
+# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB.
+SUDOKU = dict(updates=20)
+COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=82)
+LLM = dict(prompts=2, G=16, L=256, S=256, block=32, minibatches=1, psi=20.0, beta=0.064, passes=8, lr=3e-6,
+           grad_norm=0.2)
+
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    from plumbing.run import main
+
+    main(train, Args, SUDOKU, COUNTDOWN, LLM)

@@ -35,22 +35,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    micro_batches, minibatches, per_step, refuse, reward_rows, rollout_metrics, score)
-from run import Flags, Run, evaluate_only, parse_args, setup
+from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, generator, group_noise,
+                    micro_batches, minibatches, per_step, reward_rows, roll_out, rollout_metrics, score,
+                    worth_scoring)
 
 
 @dataclass
-class Args(Flags):
+class Args:
+    # The rollout.
     prompts: int = 32  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 160  # rollouts, each with its optimizer steps
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
+    seed: int = 1  # decides every random draw
+    budget: int = 8448  # most tokens in one forward; no result depends on it
+
+    # The method.
     K: int = 4  # denoising steps per row (paper: k = 4)
     tau: float = 1.0  # tau, temperature of the draw of steps (paper: 1)
     select: Literal["surprise", "uniform"] = "surprise"  # how steps are drawn (paper: surprise)
@@ -58,25 +62,33 @@ class Args(Flags):
     p_min: float = 0.6  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
     eps: float = 0.2  # clip of the ratio, used when passes > 1
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.01); 0: no reference model
+
+    # The optimizer, AdamW.
     passes: int = 1  # passes over a rollout (paper: 1)
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 2e-4  # AdamW (paper: 1e-6)
+    lr: float = 2e-4  # learning rate (paper: 1e-6)
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's two moments (released code: PyTorch's own)
+    weight_decay: float = 0.01
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
 
+    def __post_init__(self):
+        assert 1 <= self.K <= self.most_steps, (
+            f"--K {self.K} must be at least 1 and at most {self.most_steps}, the steps a row can take")
+        assert self.tau > 0 and self.threshold <= 1 and self.eps <= 1, (
+            "--tau must be above 0, --threshold and --eps at most 1")
+        assert not (self.threshold and self.order == "random"), (
+            "--order random has no probability to compare with a threshold: use --threshold 0")
 
-# Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=375)
-
-# Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
-LLM = dict(
-    prompts=8, G=4, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_threshold=0.0, save_every=50, minibatches=1, beta=0.01, lr=1e-6)
+    @property
+    def most_steps(self) -> int:
+        """The most denoising steps that a row can take."""
+        return self.L if self.threshold else self.S
 
 
 def step_surprise(roll: Rollout) -> tuple[Tensor, Tensor]:
     """w (B, S): mean -log p of the valid tokens each step revealed; candidates (B, S): did it reveal any?"""
-    count = per_step(roll.valid.to(roll.logp), roll.step, roll.S)
-    return -per_step(roll.logp * roll.valid, roll.step, roll.S) / count.clamp(min=1), count > 0
+    count = per_step(roll.valid.to(roll.logp), roll.revealed_at, roll.S)
+    return -per_step(roll.logp * roll.valid, roll.revealed_at, roll.S) / count.clamp(min=1), count > 0
 
 
 def draw_steps(w: Tensor, candidates: Tensor, K: int, tau: float, noise: Tensor) -> Tensor:
@@ -92,10 +104,11 @@ def draw_steps(w: Tensor, candidates: Tensor, K: int, tau: float, noise: Tensor)
     return torch.where(enough, first, again)
 
 
-def canvas_logp(model: Denoiser, roll: Rollout, hidden: Tensor, temperature: float) -> Tensor:
-    """log p of the hidden valid tokens of rows `roll` on canvases hidden (M, L): (M, L), one forward."""
-    where = hidden & roll.valid
-    return score(model, canvas(roll, hidden), roll.prompt_mask, roll.completion, where, temperature)
+def canvas_logp(
+    model: Denoiser, x: Tensor, roll: Rollout, hidden: Tensor, temperature: float
+) -> Tensor:
+    """log p (M, L) of the valid tokens of rows `roll` that are hidden (M, L) on canvases x (M, P+L)."""
+    return score(model, x, roll.prompt_mask, roll.completion, hidden & roll.valid, temperature)
 
 
 def clean_state_mask(p: Tensor, hidden: Tensor, valid: Tensor, revealed: Tensor, p_min: float) -> Tensor:
@@ -127,93 +140,84 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def train(args: Args) -> float:
-    """One run; returns the held-out accuracy at its end."""
-    S = args.L if args.threshold else args.S  # most steps a row can take
-    if not 1 <= args.K <= S:
-        refuse(f"--K {args.K} must be at least 1 and at most {S}, the steps a row can take")
-    if args.tau <= 0 or args.threshold > 1 or args.eps > 1:
-        refuse("--tau must be above 0, --threshold and --eps at most 1")
-    if args.threshold and args.order == "random":
-        refuse("--order random has no probability to compare with a threshold: use --threshold 0")
-    # <frozen: setup>
-    model, task = setup(args)
-    if args.eval_only:
-        return evaluate_only(args, model, task)
-    # </frozen>
-    reference = model.frozen() if args.beta else None  # as before training, also when resumed
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.999),
-                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
-    run = Run(args, METHOD, model, task, optimizer)
+def train(args: Args, model: Denoiser, task: Task, run: Run):
+    """Train `model` in place on the prompts of `task`, for the updates of `run`."""
+    reference = model.frozen() if args.beta else None  # the model before training
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay,
+        fused=model.device.type == "cuda")  # fused: needs less memory
 
-    while not run.boundary():  # 1 save, evaluate
-        # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, order=args.order, threshold=args.threshold or None,
-                       budget=args.budget)
-        run.rolled_out(roll)
+    for update in run.updates(model, optimizer):
+        # 1 Roll out: G completions of each prompt.
+        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                        temperature=args.temperature, order=args.order, threshold=args.threshold or None,
+                        budget=args.budget)
 
-        # 3 reward
+        # 2 Reward.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        run.lap("reward")
 
-        # 4 advantage, and the canvases to learn from: (B, K, L)
+        # 3 Advantage.
         adv = advantage(reward, args.G)  # (B,)
-        w, candidates = step_surprise(roll)
-        gens = [generator(model.device, args.seed, "steps", run.update, i) for i in ids]
-        w = w if args.select == "surprise" else torch.zeros_like(w)
-        steps = draw_steps(w, candidates, args.K, args.tau, group_noise(gens, len(rows), (1 + args.K, S)))
-        hidden = roll.step[:, None] >= steps[..., None]
-        revealed = roll.step[:, None] == steps[..., None]
-        if args.masks == "random":  # the tail behind an EOS stays hidden, all that is hidden is scored
-            gens = [generator(model.device, args.seed, "canvas", run.update, i) for i in ids]
-            drawn = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
-            hidden = drawn & roll.valid[:, None] | (roll.step == S)[:, None]
-            revealed = hidden
 
-        # 5 update
+        # 4 Canvases to learn from: the sampler's states before K steps, or random masks.
+        w, candidates = step_surprise(roll)  # (B, S)
+        w = w if args.select == "surprise" else torch.zeros_like(w)
+        gens = [generator(model.device, args.seed, "steps", update, i) for i in ids]
+        noise = group_noise(gens, len(rows), (1 + args.K, roll.S))
+        steps = draw_steps(w, candidates, args.K, args.tau, noise)  # (B, K)
+        hidden = roll.revealed_at[:, None] >= steps[..., None]  # (B, K, L)
+        revealed = roll.revealed_at[:, None] == steps[..., None]
+        if args.masks == "random":  # the tail behind an EOS stays hidden, and all that is hidden is scored
+            gens = [generator(model.device, args.seed, "canvas", update, i) for i in ids]
+            drawn = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
+            hidden = drawn & roll.valid[:, None] | (roll.revealed_at == roll.S)[:, None]
+            revealed = hidden
         x = canvas(roll, hidden)  # (B, K, P+L)
         pairs = torch.ones_like(steps).nonzero()  # (B * K, 2): a row and one of its canvases
         logp_old = None
         if args.passes > 1:
-            logp_old = torch.zeros(hidden.shape, device=model.device, dtype=roll.logp.dtype)
+            logp_old = torch.zeros(hidden.shape, device=model.device, dtype=roll.logp.dtype)  # (B, K, L)
             with torch.no_grad():
-                for part in micro_batches(pairs, x, args.budget):
+                for part in micro_batches(model, pairs, x, args.budget):
                     r, k = part.unbind(1)
-                    logp_old[r, k] = canvas_logp(model, roll[r], hidden[r, k], args.temperature)
-            logp_old = run.summed(logp_old)
-            run.counters["nfe_update_full"] += len(pairs)
+                    logp_old[r, k] = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
+            logp_old = model.total(logp_old)  # over the processes, if there are several
+
+        # 5 Update. Without a KL, an advantage of 0 cannot move a weight.
         infos = []
         for epoch in range(args.passes):
-            run.counters["nfe_update_full"] += len(pairs) * (2 if reference else 1)
-            for batch in minibatches(args, pairs, run.update, epoch):
-                moves = (adv[batch[:, 0]] != 0) | (reference is not None)  # (M,) can the pair move a weight?
+            gen = generator("cpu", args.seed, "pass", update, epoch)
+            for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
+                moves = (adv[batch[:, 0]] != 0) | (reference is not None)  # (M,)
                 if not moves.any():
+                    worth_scoring(model, batch, moves, times=1)  # nothing is, but the papers count it
                     continue
                 info = dict.fromkeys(("loss", "kl", "scored_tokens"), 0.0)
                 with torch.no_grad():  # what moves no weight counts in the normaliser all the same
-                    for part in micro_batches(batch[~moves], x, args.budget):
+                    for part in micro_batches(model, batch[~moves], x, args.budget):
                         r, k = part.unbind(1)
                         if logp_old is None:
-                            p = canvas_logp(model, roll[r], hidden[r, k], args.temperature).exp()
+                            logp = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
                         else:
-                            p = logp_old[r, k].exp()
-                        m = clean_state_mask(p, hidden[r, k], roll.valid[r], revealed[r, k], args.p_min)
+                            logp = logp_old[r, k]
+                        m = clean_state_mask(logp.exp(), hidden[r, k], roll.valid[r], revealed[r, k],
+                                             args.p_min)
                         info["scored_tokens"] += m.sum().item()
-                for part in micro_batches(batch[moves], x, args.budget):
+                for part in micro_batches(model, batch[moves], x, args.budget):
                     r, k = part.unbind(1)
-                    logp = canvas_logp(model, roll[r], hidden[r, k], args.temperature)  # (M, L)
+                    logp = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)  # (M, L)
                     old = None if logp_old is None else logp_old[r, k]
                     p = (logp.detach() if old is None else old).exp()
                     m = clean_state_mask(p, hidden[r, k], roll.valid[r], revealed[r, k], args.p_min)
                     loss = token_loss(logp, old, adv[r], args.eps)
                     if reference:
                         with torch.no_grad():
-                            logp_ref = canvas_logp(reference, roll[r], hidden[r, k], args.temperature)
+                            logp_ref = canvas_logp(reference, x[r, k], roll[r], hidden[r, k],
+                                                   args.temperature)
                         kl = k3(logp, logp_ref)
                         loss = loss + args.beta * kl
                         info["kl"] += (kl * m).sum().item()
@@ -221,20 +225,26 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["scored_tokens"] += m.sum().item()
-                info = run.summed(info)  # over the GPUs, if there are several
+                info = model.total(info)  # over the processes, if there are several
                 scored = max(info["scored_tokens"], 1)
                 for parameter in model.network.parameters():
                     if parameter.grad is not None:
                         parameter.grad /= scored
                 info["loss"], info["kl"] = info["loss"] / scored, info["kl"] / scored
-                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
                 infos.append(info)
 
-        # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
-    return run.finish()
+        # 6 Log.
+        run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-METHOD = "rldf"
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
+# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB.
+SUDOKU = dict(updates=160)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=375)
+LLM = dict(prompts=8, G=4, L=256, S=256, block=32, minibatches=1, beta=0.01, lr=1e-6)
+
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    from plumbing.run import main
+
+    main(train, Args, SUDOKU, COUNTDOWN, LLM)

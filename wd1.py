@@ -31,49 +31,46 @@ python wd1.py --plusplus               32 to 71 %, from settings of its own (PLU
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator, group_noise,
-                    micro_batches, minibatches, per_step, refuse, reward_rows, rollout_metrics, score,
-                    until_eos)
-from run import Flags, Run, evaluate_only, parse_args, setup
+from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, generator, group_noise,
+                    micro_batches, minibatches, per_step, reward_rows, roll_out, rollout_metrics, score,
+                    until_eos, worth_scoring)
 
 
 @dataclass
-class Args(Flags):
+class Args:
+    # The rollout.
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 210  # rollouts, each with its optimizer steps
+    seed: int = 1  # decides every random draw
+    budget: int = 8448  # most tokens in one forward; no result depends on it
+
+    # The method.
     plusplus: bool = False  # wd1++: score the denoising trajectory
     positive_only: bool = False  # drop w-, the push away from bad completions
     K: int = 4  # wd1++: denoising steps per row that stand for all S, drawn uniformly
     psi: float = 1.0  # psi, sharpness of the weights (paper: 1)
     hide_prompt: float = 0.15  # share of prompt tokens hidden in wd1's canvas (paper: 0.15)
+
+    # The optimizer, AdamW.
     passes: int = 8  # mu, passes per rollout, each with a new prompt mask (paper: 12; Sudoku 8; wd1++ 1)
     minibatches: int = 1  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 3e-5  # AdamW (paper: 3e-6)
+    lr: float = 3e-5  # learning rate (paper: 3e-6)
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
+    weight_decay: float = 0.01
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
-
-# Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=455)
-
-# Where --plusplus starts from, with the tiny models.
-PLUSPLUS = dict(prompts=16, passes=1, minibatches=2, lr=2e-4, updates=200)
-PLUSPLUS_COUNTDOWN = dict(L=8, S=4, block=4, passes=1, minibatches=4, updates=85)
-
-# Where a model that reads words starts from: the paper's settings, cut to fit a 0.6 B model on 24 GB.
-LLM = dict(
-    prompts=4, G=6, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, K=8, passes=12, lr=3e-6, grad_norm=0.2)
+    def __post_init__(self):
+        assert not self.plusplus or 1 <= self.K <= self.S, f"--K {self.K} must be from 1 to S = {self.S}"
+        assert self.hide_prompt <= 1, "--hide_prompt is a share, at most 1"
 
 
 def group_weights(reward: Tensor, member: Tensor, psi: float, positive_only: bool) -> Tensor:
@@ -87,14 +84,14 @@ def group_weights(reward: Tensor, member: Tensor, psi: float, positive_only: boo
 
 def draw_steps(roll: Rollout, K: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     """K of the steps each row took, uniformly by noise (B, S): steps (B, K), taken (B, K)."""
-    taken = per_step(torch.ones_like(roll.logp), roll.step, roll.S) > 0  # (B, S)
+    taken = per_step(torch.ones_like(roll.logp), roll.revealed_at, roll.S) > 0  # (B, S)
     steps = noise.masked_fill(~taken, -1.0).topk(K).indices
     return steps, taken.gather(1, steps)
 
 
 def clean_predictions(roll: Rollout, steps: Tensor) -> Tensor:
     """y (B, K, L): greedy completion of the canvas before each step; for the last step, the finished row."""
-    last = roll.step.masked_fill(roll.step == roll.S, -1).amax(1, keepdim=True)  # (B, 1)
+    last = roll.revealed_at.masked_fill(roll.revealed_at == roll.S, -1).amax(1, keepdim=True)  # (B, 1)
     guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, roll.guess.shape[2]))
     return torch.where((steps == last)[..., None], roll.completion[:, None], guess)
 
@@ -117,82 +114,80 @@ def one_step_logp(model: Denoiser, x: Tensor, prompt_mask: Tensor, y: Tensor, te
     return logp.sum(1) / hidden.float().mean(1)
 
 
-def train(args: Args) -> float:
-    """One run; returns the held-out accuracy at its end."""
-    if args.plusplus and not 1 <= args.K <= args.S:
-        refuse(f"--K {args.K} must be from 1 to S = {args.S}")
-    if args.hide_prompt > 1:
-        refuse("--hide_prompt is a share, at most 1")
-    # <frozen: setup>
-    model, task = setup(args)
-    if args.eval_only:
-        return evaluate_only(args, model, task)
-    # </frozen>
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
-    run = Run(args, METHOD, model, task, optimizer)
+def train(args: Args, model: Denoiser, task: Task, run: Run):
+    """Train `model` in place on the prompts of `task`, for the updates of `run`."""
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay,
+        fused=model.device.type == "cuda")  # fused: needs less memory
 
-    while not run.boundary():  # 1 save, evaluate
-        # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, guess=args.plusplus, budget=args.budget)
-        run.rolled_out(roll)
+    for update in run.updates(model, optimizer):
+        # 1 Roll out: G completions of each prompt.
+        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                        temperature=args.temperature, guess=args.plusplus, budget=args.budget)
 
-        # 3 reward: of the completions, and what is scored: the members of a group, K of each row
+        # 2 Reward: of the completions, and of what is scored, the members of a group: K of each row.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        if args.plusplus:  # one-step completions of K states
-            gens = [generator(model.device, args.seed, "steps", run.update, i) for i in ids]
+        if args.plusplus:  # the one-step completions of K states
+            gens = [generator(model.device, args.seed, "steps", update, i) for i in ids]
             steps, member = draw_steps(roll, args.K, group_noise(gens, len(rows), (args.S,)))  # (B, K)
-            hidden = roll.step[:, None] >= steps[..., None]  # (B, K, L)
+            hidden = roll.revealed_at[:, None] >= steps[..., None]  # (B, K, L)
             y = clean_predictions(roll, steps)  # (B, K, L)
             member_rows = [row for row in rows for _ in range(args.K)]
             member_reward = reward_rows(model, task, y.flatten(0, 1), member_rows)[0].view(steps.shape)
-        else:  # the completion itself, K = 1, all of it hidden
+        else:  # the completion itself, all of it hidden: K = 1
             y, member_reward = roll.completion[:, None], reward[:, None]
             hidden = torch.ones_like(y, dtype=torch.bool)  # (B, 1, L)
             member = hidden[..., 0]
-        run.lap("reward")
 
-        # 4 advantage, as weights
+        # 3 Advantage, as weights.
         per_group = (args.prompts, -1)
         weight = group_weights(member_reward.view(per_group), member.view(per_group), args.psi,
                                args.positive_only).view(member.shape)  # (B, K)
 
-        # 5 update: a member whose weight is 0, as all are when rewards are equal, cannot move a weight
-        pairs = (member & (weight != 0)).nonzero()  # (M, 2): a row and one of its members
+        # 4 Update. A weight of 0, which all have when the rewards are equal, cannot move the network.
+        pairs = worth_scoring(model, member.nonzero(), weight[member] != 0, args.passes)  # (M, 2)
         shown = roll
         infos = []
         for epoch in range(args.passes):
-            run.counters["nfe_update_full"] += member.sum().item()
             if not args.plusplus:
-                gens = [generator(model.device, args.seed, "prompt mask", run.update, epoch, i) for i in ids]
-                one = slice(None, None, args.G)  # a row of each prompt
-                some = hide_tokens(prompt[one], prompt_mask[one], args.hide_prompt, model.mask_id, gens)
-                shown = replace(roll, prompt=some.repeat_interleave(args.G, 0))
+                gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in ids]
+                first = slice(None, None, args.G)  # the first row of each prompt
+                masked = hide_tokens(prompt[first], prompt_mask[first], args.hide_prompt, model.mask_id, gens)
+                shown = replace(roll, prompt=masked.repeat_interleave(args.G, 0))
             x = canvas(shown, hidden)  # (B, K, P+L); in wd1 equal for the G rows of a prompt: one forward
-            for batch in minibatches(args, pairs, run.update, epoch):
-                total = 0.0
-                for part in micro_batches(batch, x, args.budget):
+            gen = generator("cpu", args.seed, "pass", update, epoch)
+            for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
+                info = {"loss": 0.0}
+                for part in micro_batches(model, batch, x, args.budget):
                     r, k = part.unbind(1)
                     logp = one_step_logp(model, x[r, k], prompt_mask[r], y[r, k], args.temperature)  # (M,)
                     loss = (weight[r, k] * logp).sum() * args.minibatches / args.prompts  # mean over prompts
                     loss.backward()
-                    total += loss.item()
-                total = run.summed(total)  # over the GPUs, if there are several
-                infos.append({"loss": total, "grad_norm": run.optimizer_step(total, args.grad_norm)})
+                    info["loss"] += loss.item()
+                info = model.total(info)  # over the processes, if there are several
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                infos.append(info)
 
-        # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
-    return run.finish()
+        # 5 Log.
+        run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-METHOD = "wd1"
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
+# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB. PLUSPLUS: with
+# that flag.
+SUDOKU = dict(updates=210)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=455)
+LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, passes=12, lr=3e-6,
+           grad_norm=0.2)
+PLUSPLUS = (dict(prompts=16, passes=1, minibatches=2, lr=2e-4, updates=200),
+            dict(L=8, S=4, block=4, passes=1, minibatches=4, updates=85),
+            LLM | dict(passes=1))
+
 if __name__ == "__main__":
-    if "--plusplus" in sys.argv:
-        train(parse_args(Args, METHOD, PLUSPLUS_COUNTDOWN, LLM | dict(passes=1), PLUSPLUS))
-    else:
-        train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    from plumbing.run import main
+
+    main(train, Args, SUDOKU, COUNTDOWN, LLM, plusplus=PLUSPLUS)

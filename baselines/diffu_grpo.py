@@ -30,36 +30,38 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder, started from anywhere
 
-from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator,  # noqa: E402
-                    micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
-from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
+from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, generator,  # noqa: E402
+                    micro_batches, minibatches, reward_rows, roll_out, rollout_metrics, score,
+                    worth_scoring)
 
 
 @dataclass
-class Args(Flags):
+class Args:
+    # The rollout.
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 150  # rollouts, each with its optimizer steps
+    seed: int = 1  # decides every random draw
+    budget: int = 8448  # most tokens in one forward; no result depends on it
+
+    # The method.
     hide_prompt: float = 0.15  # share of prompt tokens hidden (paper: 0.15)
     eps: float = 0.2  # clip (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+
+    # The optimizer, AdamW.
     passes: int = 8  # mu, passes per rollout, each with a new prompt mask (wd1: 12; Sudoku 8)
     minibatches: int = 1  # optimizer steps per pass, each on whole groups
-    lr: float = 3e-5  # AdamW
+    lr: float = 3e-5  # learning rate
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
+    weight_decay: float = 0.01
     grad_norm: float = 1.0  # gradient clipping
 
-
-# Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, updates=290)
-
-# Where a model that reads words starts from: wd1's settings, whose likelihood it is (d1's were not read).
-LLM = dict(
-    prompts=4, G=6, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, passes=12, lr=3e-6, grad_norm=0.2)
+    def __post_init__(self):
+        assert self.hide_prompt <= 1 and self.eps <= 1, "--hide_prompt and --eps must be at most 1"
 
 
 def advantage(reward: Tensor, G: int) -> Tensor:
@@ -96,63 +98,58 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def train(args: Args) -> float:
-    """One run; returns the held-out accuracy at its end."""
-    if args.hide_prompt > 1 or args.eps > 1:
-        refuse("--hide_prompt and --eps must be at most 1")
-    # <frozen: setup>
-    model, task = setup(args)
-    if args.eval_only:
-        return evaluate_only(args, model, task)
-    # </frozen>
-    reference = model.frozen() if args.beta else None  # as before training, also when resumed
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
-    run = Run(args, METHOD, model, task, optimizer)
+def train(args: Args, model: Denoiser, task: Task, run: Run):
+    """Train `model` in place on the prompts of `task`, for the updates of `run`."""
+    reference = model.frozen() if args.beta else None  # the model before training
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay,
+        fused=model.device.type == "cuda")  # fused: needs less memory
 
-    while not run.boundary():  # 1 save, evaluate
-        # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, budget=args.budget)
-        run.rolled_out(roll)
+    for update in run.updates(model, optimizer):
+        # 1 Roll out: G completions of each prompt.
+        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                        temperature=args.temperature, budget=args.budget)
 
-        # 3 reward
+        # 2 Reward.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        run.lap("reward")
 
-        # 4 advantage, the canvas of each pass, and the log-probabilities to compare with on it
+        # 3 Advantage.
         adv = advantage(reward, args.G)  # (B,)
-        canvases, one = [], slice(None, None, args.G)  # a row of each prompt
+
+        # 4 The canvas of each pass, and the log-probabilities on it to compare with.
+        canvases, first = [], slice(None, None, args.G)  # the first row of each prompt
         for epoch in range(args.passes):
-            gens = [generator(model.device, args.seed, "prompt mask", run.update, epoch, i) for i in ids]
-            some = hide_tokens(prompt[one], prompt_mask[one], args.hide_prompt, model.mask_id, gens)
-            shown = replace(roll, prompt=some.repeat_interleave(args.G, 0))
+            gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in ids]
+            masked = hide_tokens(prompt[first], prompt_mask[first], args.hide_prompt, model.mask_id, gens)
+            shown = replace(roll, prompt=masked.repeat_interleave(args.G, 0))
             canvases.append(canvas(shown, torch.ones_like(roll.valid)))
         x = torch.stack(canvases, 1)  # (B, passes, P+L), equal for the G rows of a prompt: one forward
-        moves = (adv != 0) | (reference is not None)  # (B,) without a KL, advantage 0 cannot move a weight
-        pairs = moves[:, None].expand(-1, args.passes).nonzero()  # (M, 2): a row and a pass
+        pairs = torch.ones_like(x[..., 0]).nonzero()  # (M, 2): a row and a pass
+        if not reference:  # without a KL, an advantage of 0 cannot move a weight
+            pairs = worth_scoring(model, pairs, adv[pairs[:, 0]] != 0, times=2)  # old and new
         logp_old = roll.logp.new_zeros(len(rows), args.passes, args.L)
         logp_ref = torch.zeros_like(logp_old)
         with torch.no_grad():
-            for part in micro_batches(pairs, x, args.budget):
+            for part in micro_batches(model, pairs, x, args.budget):
                 r, k = part.unbind(1)
                 logp_old[r, k] = one_step_logp(model, x[r, k], roll[r], args.temperature)
                 if reference:
                     logp_ref[r, k] = one_step_logp(reference, x[r, k], roll[r], args.temperature)
-        logp_old, logp_ref = run.summed(logp_old), run.summed(logp_ref)  # over the GPUs, if there are several
-        run.counters["nfe_update_full"] += len(rows) * args.passes * (3 if reference else 2)
+        logp_old, logp_ref = model.total(logp_old), model.total(logp_ref)  # over the processes
 
-        # 5 update
+        # 5 Update.
         infos = []
         for epoch in range(args.passes):
-            for batch in minibatches(args, pairs[pairs[:, 1] == epoch], run.update, epoch):
+            gen = generator("cpu", args.seed, "pass", update, epoch)
+            of_pass = pairs[pairs[:, 1] == epoch]
+            for batch in minibatches(of_pass, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
                 scored = roll.valid[batch[:, 0]].sum().item()
-                for part in micro_batches(batch, x, args.budget):
+                for part in micro_batches(model, batch, x, args.budget):
                     r, k = part.unbind(1)
                     logp, valid = one_step_logp(model, x[r, k], roll[r], args.temperature), roll.valid[r]
                     loss, was_clipped = token_loss(logp, logp_old[r, k], adv[r], args.eps)  # (M, L)
@@ -165,15 +162,22 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += (was_clipped & valid).sum().item() / scored
-                info = run.summed(info)  # over the GPUs, if there are several
-                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                info = model.total(info)  # over the processes, if there are several
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
                 infos.append(info)
 
-        # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
-    return run.finish()
+        # 6 Log.
+        run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-METHOD = "diffu_grpo"
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
+# which these are wd1's settings, whose likelihood it is (d1's were not read).
+SUDOKU = dict(updates=150)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, updates=290)
+LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, passes=12, lr=3e-6,
+           grad_norm=0.2)
+
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    from plumbing.run import main
+
+    main(train, Args, SUDOKU, COUNTDOWN, LLM)

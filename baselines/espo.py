@@ -32,36 +32,38 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder, started from anywhere
 
-from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator,  # noqa: E402
-                    group_noise, micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
-from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
+from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, generator,  # noqa: E402
+                    group_noise, micro_batches, minibatches, reward_rows, roll_out, rollout_metrics, score,
+                    worth_scoring)
 
 
 @dataclass
-class Args(Flags):
+class Args:
+    # The rollout.
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 26  # rollouts, each with its optimizer steps
+    seed: int = 1  # decides every random draw
+    budget: int = 8448  # most tokens in one forward; no result depends on it
+
+    # The method.
     num_mc: int = 2  # masks per row, each with its complement (paper: not read)
     eps: float = 0.2  # clip of the ratio of a whole completion (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+
+    # The optimizer, AdamW.
     passes: int = 2  # passes per rollout (paper: not read)
     minibatches: int = 4  # optimizer steps per pass, each on whole groups
-    lr: float = 1e-4  # AdamW
+    lr: float = 1e-4  # learning rate
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
+    weight_decay: float = 0.01
     grad_norm: float = 1.0  # gradient clipping
 
-
-# Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, lr=2e-4, updates=105)
-
-# Where a model that reads words starts from: GDSD's settings, whose baseline it is (ESPO's were not read).
-LLM = dict(
-    prompts=2, G=16, L=256, S=256, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_threshold=0.0, save_every=50, minibatches=1, passes=8, lr=3e-6, grad_norm=0.2)
+    def __post_init__(self):
+        assert self.num_mc >= 1 and self.eps <= 1, "--num_mc must be at least 1 and --eps at most 1"
 
 
 def advantage(reward: Tensor, G: int) -> Tensor:
@@ -74,21 +76,24 @@ def advantage(reward: Tensor, G: int) -> Tensor:
 def antithetic_masks(valid: Tensor, noise: Tensor) -> Tensor:
     """What each of K = 2 num_mc canvases scores (B, K, L): a random set of valid positions, then the rest.
 
-    The size l of the set is uniform on 0 .. n. noise: (B, num_mc, L + 1)."""
-    l = (noise[..., :1] * (valid.sum(1)[:, None, None] + 1)).long()  # (B, num_mc, 1)
+    The size of the set is uniform on 0 .. n. noise: (B, num_mc, L + 1)."""
+    size = (noise[..., :1] * (valid.sum(1)[:, None, None] + 1)).long()  # (B, num_mc, 1)
     place = noise[..., 1:].masked_fill(~valid[:, None], 2.0).argsort(2).argsort(2)  # valid ones first
-    chosen = torch.stack([place < l, place >= l], 2).flatten(1, 2)  # (B, K, L)
+    chosen = torch.stack([place < size, place >= size], 2).flatten(1, 2)  # (B, K, L)
     return chosen & valid[:, None]
 
 
-def elbo(model: Denoiser, roll: Rollout, scored: Tensor, temperature: float) -> Tensor:
-    """E (M,) of rows `roll`: mean of (n + 1) / l sum log p over K canvases, scored (M, K, L). One forward."""
+def elbo(
+    model: Denoiser, x: Tensor, roll: Rollout, scored: Tensor, temperature: float
+) -> Tensor:
+    """E (M,) of rows `roll`: the mean of (n + 1) / l sum log p over K canvases x (M, K, P+L), each of which
+    scores the tokens `scored` (M, K, L)."""
     M, K, _ = scored.shape
-    rows, scored = roll[torch.arange(M, device=scored.device).repeat_interleave(K)], scored.flatten(0, 1)
-    x = canvas(rows, scored | ~rows.valid)  # (M * K, P+L)
-    logp = score(model, x, rows.prompt_mask, rows.completion, scored, temperature).sum(1)
-    n, l = rows.valid.sum(1), scored.sum(1).clamp(min=1)  # l = 0: the sum is 0
-    return (logp * (n + 1) / l).view(M, K).mean(1)
+    rows = roll[torch.arange(M, device=x.device).repeat_interleave(K)]
+    scored = scored.flatten(0, 1)  # (M * K, L)
+    logp = score(model, x.flatten(0, 1), rows.prompt_mask, rows.completion, scored, temperature).sum(1)
+    n, size = rows.valid.sum(1), scored.sum(1).clamp(min=1)  # nothing scored: the sum is 0
+    return (logp * (n + 1) / size).view(M, K).mean(1)
 
 
 def sequence_loss(
@@ -105,61 +110,56 @@ def k2(elbo: Tensor, elbo_ref: Tensor) -> Tensor:
     return (elbo - elbo_ref) ** 2 / 2
 
 
-def train(args: Args) -> float:
-    """One run; returns the held-out accuracy at its end."""
-    if args.num_mc < 1 or args.eps > 1:
-        refuse("--num_mc must be at least 1 and --eps at most 1")
-    # <frozen: setup>
-    model, task = setup(args)
-    if args.eval_only:
-        return evaluate_only(args, model, task)
-    # </frozen>
-    reference = model.frozen() if args.beta else None  # as before training, also when resumed
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
-    run = Run(args, METHOD, model, task, optimizer)
+def train(args: Args, model: Denoiser, task: Task, run: Run):
+    """Train `model` in place on the prompts of `task`, for the updates of `run`."""
+    reference = model.frozen() if args.beta else None  # the model before training
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay,
+        fused=model.device.type == "cuda")  # fused: needs less memory
 
-    while not run.boundary():  # 1 save, evaluate
-        # 2 roll out: G completions of each prompt
-        ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                       temperature=args.temperature, budget=args.budget)
-        run.rolled_out(roll)
+    for update in run.updates(model, optimizer):
+        # 1 Roll out: G completions of each prompt.
+        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
+                        temperature=args.temperature, budget=args.budget)
 
-        # 3 reward
+        # 2 Reward.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        run.lap("reward")
 
-        # 4 advantage, masks, and the ELBOs to compare with under them
+        # 3 Advantage.
         adv = advantage(reward, args.G)  # (B,)
-        gens = [generator(model.device, args.seed, "masks", run.update, i) for i in ids]
+
+        # 4 Masks, and the ELBOs under them to compare with.
+        gens = [generator(model.device, args.seed, "masks", update, i) for i in ids]
         scored = antithetic_masks(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
-        x = canvas(roll, scored | ~roll.valid[:, None])[:, None]  # (B, 1, K, P+L): a row's K go together
-        moves = (adv != 0) | (reference is not None)  # (B,) without a KL, advantage 0 cannot move a weight
-        pairs = moves[:, None].nonzero()  # (M, 2): a row and 0
+        x = canvas(roll, scored | ~roll.valid[:, None])  # (B, K, P+L)
+        pairs = torch.ones_like(adv)[:, None].nonzero()  # (B, 2): a row and 0: its K canvases go together
+        if not reference:  # without a KL, an advantage of 0 cannot move a weight
+            times = scored.shape[1] * (1 + args.passes)  # K canvases of a row, old and in each pass
+            pairs = worth_scoring(model, pairs, adv != 0, times)
         elbo_old = roll.logp.new_zeros(len(rows))
         elbo_ref = torch.zeros_like(elbo_old)
         with torch.no_grad():
-            for part in micro_batches(pairs, x, args.budget):
+            for part in micro_batches(model, pairs, x[:, None], args.budget):
                 r = part[:, 0]
-                elbo_old[r] = elbo(model, roll[r], scored[r], args.temperature)
+                elbo_old[r] = elbo(model, x[r], roll[r], scored[r], args.temperature)
                 if reference:
-                    elbo_ref[r] = elbo(reference, roll[r], scored[r], args.temperature)
-        elbo_old, elbo_ref = run.summed(elbo_old), run.summed(elbo_ref)  # over the GPUs, if there are several
-        canvases = scored.shape[0] * scored.shape[1]
-        run.counters["nfe_update_full"] += canvases * ((2 if reference else 1) + args.passes)
+                    elbo_ref[r] = elbo(reference, x[r], roll[r], scored[r], args.temperature)
+        elbo_old, elbo_ref = model.total(elbo_old), model.total(elbo_ref)  # over the processes
 
-        # 5 update
+        # 5 Update.
         infos = []
         for epoch in range(args.passes):
-            for batch in minibatches(args, pairs, run.update, epoch):
+            gen = generator("cpu", args.seed, "pass", update, epoch)
+            for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
-                for part in micro_batches(batch, x, args.budget):
+                for part in micro_batches(model, batch, x[:, None], args.budget):
                     r = part[:, 0]
-                    E, n = elbo(model, roll[r], scored[r], args.temperature), roll.valid[r].sum(1)  # (M,)
+                    E = elbo(model, x[r], roll[r], scored[r], args.temperature)  # (M,)
+                    n = roll.valid[r].sum(1)
                     loss, was_clipped = sequence_loss(E, elbo_old[r], n, adv[r], args.eps)
                     if reference:
                         kl = k2(E, elbo_ref[r])
@@ -169,15 +169,21 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.sum().item() / len(batch)
-                info = run.summed(info)  # over the GPUs, if there are several
-                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                info = model.total(info)  # over the processes, if there are several
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
                 infos.append(info)
 
-        # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
-    return run.finish()
+        # 6 Log.
+        run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-METHOD = "espo"
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
+# which these are GDSD's settings, whose baseline it is (ESPO's were not read).
+SUDOKU = dict(updates=26)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, lr=2e-4, updates=105)
+LLM = dict(prompts=2, G=16, L=256, S=256, block=32, minibatches=1, passes=8, lr=3e-6, grad_norm=0.2)
+
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    from plumbing.run import main
+
+    main(train, Args, SUDOKU, COUNTDOWN, LLM)

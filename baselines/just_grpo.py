@@ -35,36 +35,38 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder, started from anywhere
 
-from common import (Denoiser, Rollout, canvas, denoise, draw_prompts, encode, generator,  # noqa: E402
-                    micro_batches, minibatches, refuse, reward_rows, rollout_metrics, score)
-from run import Flags, Run, evaluate_only, parse_args, setup  # noqa: E402
+from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, generator,  # noqa: E402
+                    micro_batches, minibatches, reward_rows, roll_out, rollout_metrics, score,
+                    worth_scoring)
 
 
 @dataclass
-class Args(Flags):
+class Args:
+    # The rollout.
     prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps of an evaluation; a rollout takes L, a token each (LLM: 128)
     block: int = 16  # tokens per block in an evaluation; 1 in a rollout (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    updates: int = 48  # rollouts, each with its optimizer steps
+    seed: int = 1  # decides every random draw
+    budget: int = 8448  # most tokens in one forward; no result depends on it
+
+    # The method.
     grpo_norm: bool = False  # divide by the group's std and by each answer's length, as GRPO does: biased
     eps: float = 0.2  # clip (paper: not read)
     beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+
+    # The optimizer, AdamW.
     passes: int = 1  # passes over the tokens of a rollout
     minibatches: int = 4  # optimizer steps per pass, each on whole groups
-    lr: float = 1e-4  # AdamW
+    lr: float = 1e-4  # learning rate
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
+    weight_decay: float = 0.01
     grad_norm: float = 1.0  # gradient clipping
 
-
-# Where --task countdown starts from, with the tiny model.
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=32, G=8, updates=130)
-
-# Where a model that reads words starts from: EGSPO's settings (JustGRPO's were not read); L forwards a row.
-LLM = dict(
-    prompts=2, G=8, L=256, S=128, block=32, budget=4096, gradient_checkpointing=True, eval_rows=128,
-    eval_threshold=0.0, save_every=50, minibatches=1, temperature=0.9, lr=1e-6, grad_norm=0.2)
+    def __post_init__(self):
+        assert self.eps <= 1, "--eps must be at most 1: a ratio is never below 0"
 
 
 def advantage(reward: Tensor, G: int, grpo_norm: bool) -> Tensor:
@@ -75,10 +77,9 @@ def advantage(reward: Tensor, G: int, grpo_norm: bool) -> Tensor:
     return ((group - group.mean(1, keepdim=True)) / scale).masked_fill(equal, 0.0).flatten()
 
 
-def token_logp(model: Denoiser, roll: Rollout, t: Tensor, temperature: float) -> Tensor:
-    """log p of token t (M,) of rows `roll`, with it and everything behind it hidden: (M,). One forward."""
+def token_logp(model: Denoiser, x: Tensor, roll: Rollout, t: Tensor, temperature: float) -> Tensor:
+    """log p (M,) of token t (M,) of rows `roll`, on canvas x (M, P+L), which hides it and all behind it."""
     place = torch.arange(roll.completion.shape[1], device=t.device)
-    x = canvas(roll, place >= t[:, None])
     return score(model, x, roll.prompt_mask, roll.completion, place == t[:, None], temperature).sum(1)
 
 
@@ -96,55 +97,47 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def train(args: Args) -> float:
-    """One run; returns the held-out accuracy at its end."""
-    if args.eps > 1:
-        refuse("--eps must be at most 1: a ratio is never below 0")
-    # <frozen: setup>
-    model, task = setup(args)
-    if args.eval_only:
-        return evaluate_only(args, model, task)
-    # </frozen>
-    reference = model.frozen() if args.beta else None  # as before training, also when resumed
-    optimizer = torch.optim.AdamW(model.network.parameters(), args.lr, betas=(0.9, 0.99),
-                                  weight_decay=0.01, fused=model.device.type == "cuda")  # fused: less memory
-    run = Run(args, METHOD, model, task, optimizer)
+def train(args: Args, model: Denoiser, task: Task, run: Run):
+    """Train `model` in place on the prompts of `task`, for the updates of `run`."""
+    reference = model.frozen() if args.beta else None  # the model before training
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), args.lr, betas=args.betas, weight_decay=args.weight_decay,
+        fused=model.device.type == "cuda")  # fused: needs less memory
 
-    while not run.boundary():  # 1 save, evaluate
-        # 2 roll out: G completions of each prompt, left to right
-        ids = draw_prompts(args, len(task.train), run.update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]
-        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-        gens = [generator(model.device, args.seed, "rollout", run.update, i) for i in ids]
-        roll = denoise(model, prompt, prompt_mask, gens, L=args.L, S=args.L, block=1,
-                       temperature=args.temperature, budget=args.budget)
-        run.rolled_out(roll)
+    for update in run.updates(model, optimizer):
+        # 1 Roll out: G completions of each prompt, left to right.
+        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.L, block=1,
+                        temperature=args.temperature, budget=args.budget)
 
-        # 3 reward
+        # 2 Reward.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        run.lap("reward")
 
-        # 4 advantage
+        # 3 Advantage.
         adv = advantage(reward, args.G, args.grpo_norm)  # (B,)
         length = roll.valid.sum(1) if args.grpo_norm else torch.full_like(roll.completion[:, 0], args.L)
 
-        # 5 update: without a KL, a token of a row whose advantage is 0 cannot move a weight
+        # 4 Update, on the canvas of each token, which hides it and all behind it.
         behind = torch.ones(args.L, args.L, dtype=torch.bool, device=model.device).triu()  # t and after
         x = canvas(roll, behind.expand(len(rows), -1, -1))  # (B, L, P+L)
-        moves = (adv != 0) | (reference is not None)  # (B,)
-        pairs = (roll.valid & moves[:, None]).nonzero()  # (M, 2): a row and one of its tokens
+        pairs = roll.valid.nonzero()  # (M, 2): a row and one of its tokens
+        if not reference:  # without a KL, an advantage of 0 cannot move a weight
+            pairs = worth_scoring(model, pairs, adv[pairs[:, 0]] != 0, args.passes)
         infos = []
         for epoch in range(args.passes):
-            run.counters["nfe_update_full"] += roll.valid.sum().item() * (2 if reference else 1)
-            for batch in minibatches(args, pairs, run.update, epoch):
+            gen = generator("cpu", args.seed, "pass", update, epoch)
+            for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
-                for part in micro_batches(batch, x, args.budget):
+                for part in micro_batches(model, batch, x, args.budget):
                     r, t = part.unbind(1)
-                    logp = token_logp(model, roll[r], t, args.temperature)  # (M,)
+                    logp = token_logp(model, x[r, t], roll[r], t, args.temperature)  # (M,)
                     loss, was_clipped = token_loss(logp, roll.logp[r, t], adv[r], args.eps)
                     if reference:
                         with torch.no_grad():
-                            logp_ref = token_logp(reference, roll[r], t, args.temperature)
+                            logp_ref = token_logp(reference, x[r, t], roll[r], t, args.temperature)
                         kl = k3(logp, logp_ref)
                         loss = loss + args.beta * kl
                         info["kl"] += kl.sum().item() / len(batch)
@@ -152,15 +145,21 @@ def train(args: Args) -> float:
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.sum().item() / len(batch)
-                info = run.summed(info)  # over the GPUs, if there are several
-                info["grad_norm"] = run.optimizer_step(info["loss"], args.grad_norm)
+                info = model.total(info)  # over the processes, if there are several
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
                 infos.append(info)
 
-        # 6 log
-        run.log_update(rollout_metrics(roll, reward, parts, args.G), infos)
-    return run.finish()
+        # 5 Log.
+        run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-METHOD = "just_grpo"
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
+# which these are EGSPO's settings (JustGRPO's were not read); a row takes L forwards.
+SUDOKU = dict(updates=48)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=32, G=8, updates=130)
+LLM = dict(prompts=2, G=8, L=256, S=128, block=32, minibatches=1, temperature=0.9, lr=1e-6, grad_norm=0.2)
+
 if __name__ == "__main__":
-    train(parse_args(Args, METHOD, COUNTDOWN, LLM))
+    from plumbing.run import main
+
+    main(train, Args, SUDOKU, COUNTDOWN, LLM)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,10 +33,13 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import Denoiser, Task, attention, denoise, encode, refuse, reward_rows
-from models import release_memory, save_model
-from tasks import (TARGETS, countdown_answers, countdown_prompt, countdown_split, load, sudoku_puzzles,
-                   sudoku_split)
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder, started from anywhere
+
+from common import Denoiser, Task, attention, encode, reward_rows, roll_out  # noqa: E402
+from plumbing.models import release_memory, save_model  # noqa: E402
+from plumbing.parallel import refuse  # noqa: E402
+from tasks import (TARGETS, countdown_answers, countdown_prompt, countdown_split, load,  # noqa: E402
+                   sudoku_puzzles, sudoku_split)
 
 RECIPE = 2  # to be raised when the same settings make another base
 
@@ -142,8 +146,8 @@ def loss_of(model: Denoiser, prompts: list[str], answers: list[str], L: int, rng
 def solved_share(model: Denoiser, task: Task, rows: list[dict], tiny: Tiny) -> float:
     """Share of the rows the model solves, greedily."""
     prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])
-    roll = denoise(model, prompt, prompt_mask, [], L=tiny.L, S=8, block=tiny.block, temperature=0,
-                   budget=8448)
+    roll = roll_out(model, prompt, prompt_mask, [], L=tiny.L, S=8, block=tiny.block, temperature=0,
+                    budget=8448)
     return reward_rows(model, task, roll.completion, rows)[1]["correct"].mean().item()
 
 

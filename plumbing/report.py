@@ -11,7 +11,7 @@ from torch import Tensor
 from common import Denoiser, Task, until_eos
 
 # of an evaluation, for the trace: fields of its Rollout (B, L); of its rewards (B,)
-SHOWN = ("completion", "step", "logp", "entropy", "reward", "correct", "parse_fail")
+SHOWN = ("completion", "revealed_at", "logp", "entropy", "reward", "correct", "parse_fail")
 KINDS = {(0, 1): "became solved", (1, 0): "became wrong", (0, 0): "stayed failed", (1, 1): "stayed solved",
          (1,): "solved", (0,): "failed"}
 
@@ -151,7 +151,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 
 def trace_column(model: Denoiser, task: Task, row: dict, shown: dict[str, Tensor], i: int, S: int) -> dict:
     """Row i of an evaluation as the page shows it."""
-    completion, steps = shown["completion"][i], shown["step"][i].tolist()
+    completion, steps = shown["completion"][i], shown["revealed_at"][i].tolist()
     text = model.tokenizer.decode(completion[until_eos(completion, model.end_ids)], skip_special_tokens=True)
     drawn = task.draw(text, row)
 

@@ -36,8 +36,9 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Moder
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-import parallel
-from common import LOGITS, Denoiser, chat_prompt, one_line, refuse
+from common import LOGITS, Denoiser, chat_prompt
+from plumbing import parallel
+from plumbing.parallel import one_line, refuse
 
 transformers_logging.disable_progress_bar()  # one bar at a time: ours
 transformers_logging.set_verbosity_error()  # what it would warn of, load_model refuses
@@ -330,7 +331,7 @@ def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
         have = torch.cuda.mem_get_info(device)[0]
     else:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.on_this_machine()
-    have, parts = parallel.summed(have, "min") / 2**30, predict()
+    have, parts = parallel.total(have, "min") / 2**30, predict()
     full, sharded, keep_whole = parts["weights"], args.shard, False
     if parallel.world() > 1 and sum(parts.values()) > have:
         sharded = True

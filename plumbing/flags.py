@@ -1,0 +1,170 @@
+"""The command line: the settings of a method, and the flags of the plumbing beside them."""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import tyro
+
+import tasks
+from plumbing.parallel import one_line, refuse
+
+
+@dataclass
+class Flags:
+    """What a run needs beside the settings of its method."""
+
+    model: str = "tiny"  # "tiny" (the base of the task, built on first use), a transformers folder or hub id
+    revision: str | None = None  # of the hub id; without one a cached copy is used as it is
+    mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
+    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval
+    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
+    test_data: str = ""  # local held-out rows
+    updates: int = 200  # rollouts, each with its optimizer steps
+    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
+    resume: str = ""  # go on with this run folder
+    eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
+    eval_every: int = 50  # updates between evaluations on the held-out rows
+    eval_threshold: float = 0.9  # evaluate adaptive decoding, too, before and after training; 0: do not
+    eval_rows: int = 1024  # held-out rows evaluated, at most
+    save_every: int = 10  # updates between checkpoints
+    track: Literal["wandb", "trackio"] | None = None  # log there, too; after pip install of it
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time per update
+    shard: bool = False  # torchrun: split weights, gradients and Adam over the GPUs also where one holds them
+
+
+# What every method changes for a model that reads words, beside its own LLM settings.
+WORDS = dict(budget=4096, gradient_checkpointing=True, eval_rows=128, eval_threshold=0.0, save_every=50)
+
+# What a resumed run may change.
+FREE = {"updates", "eval_every", "eval_threshold", "eval_rows", "save_every", "budget",
+        "gradient_checkpointing", "shard", "resume", "eval_only", "track"}
+
+
+def parse_args(Args: type, method: str, sudoku: dict, countdown: dict, llm: dict, **variants: tuple):
+    """The command line as (Args of the method, settings: these and the flags in one namespace).
+
+    The defaults are those of Args and Flags, changed by `sudoku` or `countdown` for a tiny model, or by `llm`
+    for a model that reads words. variants: for a boolean flag of that name the changes in these three cases,
+    in its place. With --resume RUN the defaults are the settings of that run, and few may change."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what the defaults depend on
+    first.add_argument("--model", default="tiny")
+    first.add_argument("--task", default="sudoku")
+    first.add_argument("--resume", default="")
+    for name in variants:
+        first.add_argument(f"--{name}", action="store_true")
+    asked, _ = first.parse_known_args()
+    if asked.resume:
+        before = saved_settings(Args, method, Path(asked.resume))
+    else:
+        for name, changes in variants.items():
+            if getattr(asked, name):
+                sudoku, countdown, llm = changes
+        tiny = asked.model == "tiny" or tiny_task(asked.model)
+        before = WORDS | llm if not tiny else countdown if asked.task == "countdown" else sudoku
+    args, flags = parse(Args, before)
+    settings = SimpleNamespace(**vars(args), **vars(flags))
+    changed = [k for k, v in vars(settings).items() if k not in FREE and asked.resume and v != before[k]]
+    if changed:
+        refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(FREE))}")
+    check(settings, method)
+    return args, settings
+
+
+def parse(Args: type, defaults: dict) -> tuple:
+    """The command line as an Args and Flags, with these defaults."""
+    def of(kind: type):
+        return kind(**{k: v for k, v in defaults.items() if k in {f.name for f in fields(kind)}})
+
+    both = make_dataclass("Settings", [("method", tyro.conf.OmitArgPrefixes[Args]),
+                                       ("run", tyro.conf.OmitArgPrefixes[Flags])])
+    try:
+        found = tyro.cli(both, default=both(of(Args), of(Flags)))
+    except AssertionError as error:  # of Args: settings that do not go together
+        refuse(str(error))
+    return found.method, found.run
+
+
+def saved_settings(Args: type, method: str, folder: Path) -> dict:
+    """The settings of the run in `folder`."""
+    file = folder / "args.json"
+    if not file.is_file():
+        refuse(f"{folder} holds no run to resume (no args.json)")
+    try:
+        saved = json.loads(file.read_text())
+        made_by = saved.pop("method")
+        saved.pop("commit")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse(f"{file} cannot be read: {one_line(error)}")
+    if made_by != method:
+        refuse(f"{folder} is a run of another method: resume it with the script that made it")
+    known = {f.name for f in (*fields(Args), *fields(Flags))}
+    if saved.keys() != known:
+        refuse(f"{file} cannot be read: it lacks or has too many of {sorted(saved.keys() ^ known)}")
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    return saved | {"resume": str(folder), "shard": False}  # the processes now may be others
+
+
+def tiny_task(name: str) -> str | None:
+    """The task of a tiny base or of a folder trained from one, as its config says; None: another model."""
+    try:
+        return json.loads((Path(name) / "config.json").read_text()).get("tiny_task")
+    except (OSError, ValueError, AttributeError):  # not such a folder: load_model says what is wrong
+        return None
+
+
+def check(settings: SimpleNamespace, method: str):
+    """Stop early on settings that cannot work; fill in the default --out."""
+    if settings.task not in tasks.TASKS:
+        refuse(f"unknown task {settings.task!r}: choose from {', '.join(tasks.TASKS)}")
+    if settings.model == "tiny" and settings.task not in tasks.TINY_TASKS:
+        refuse(f"--model tiny knows {' and '.join(tasks.TINY_TASKS)}: {settings.task} needs another --model")
+    made_for = tiny_task(settings.model)
+    if made_for not in (None, settings.task):
+        refuse(f"{settings.model} is a tiny model of --task {made_for}")
+    if settings.track and not importlib.util.find_spec(settings.track):
+        refuse(f"--track {settings.track} needs it: pip install {settings.track}")
+    if settings.shard and "WORLD_SIZE" not in os.environ:
+        refuse(f"--shard is for several processes: torchrun --nproc_per_node 2 {sys.argv[0]} ...")
+    for name in ("prompts", "minibatches", "passes", "L", "S", "block", "eval_every", "eval_rows",
+                 "save_every", "budget"):
+        if getattr(settings, name) < 1:
+            refuse(f"--{name} must be at least 1")
+    for name, value in vars(settings).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, float) and not 0 <= v < math.inf for v in numbers):
+            refuse(f"--{name} must be a finite number, at least 0")
+    if max(settings.betas) >= 1:
+        refuse("--betas must be below 1")
+    if settings.G < 2:
+        refuse("--G must be at least 2: an advantage compares the samples of one prompt")
+    if settings.updates < 0 or not 0.01 <= settings.temperature <= 100:
+        refuse("--updates must be at least 0 and --temperature from 0.01 to 100: rollouts have to explore")
+    if settings.grad_norm == 0 or settings.eval_threshold > 1:
+        refuse("--grad_norm must be above 0, and --eval_threshold is a probability, at most 1")
+    if settings.prompts % settings.minibatches:
+        refuse(f"--minibatches {settings.minibatches} must divide --prompts {settings.prompts}: "
+               "groups stay whole")
+    if settings.L % settings.block:
+        refuse(f"--L {settings.L} is not a multiple of --block {settings.block}")
+    if settings.L % settings.S or settings.S % (settings.L // settings.block):
+        refuse(f"--S {settings.S} does not fit: it must divide --L {settings.L} and be a multiple of its "
+               f"{settings.L // settings.block} blocks")
+    default = f"eval-{settings.task}" if settings.eval_only else f"{method}-{settings.task}-{settings.seed}"
+    settings.out = settings.resume or settings.out or f"runs/{default}"
+    out = Path(settings.out)
+    if out.exists() and not (out.is_dir() and settings.eval_only or settings.resume):
+        refuse(f"{out} exists: go on with --resume {out}, or choose another --out")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        refuse(f"--out {out} cannot be written to: {one_line(error)}")
