@@ -1,4 +1,4 @@
-"""The tiny bases the four methods start from: masked-diffusion pretraining on a tiny task (TINY_TASKS).
+"""The tiny bases the four methods start from: masked-diffusion pretraining on a tiny task.
 
 RL cannot teach new logic in minutes; what it can do is sharpen. So the demonstrations leave it something to
 decide: a share of the boards comes from a careless solver that fills each row with its missing digits in any
@@ -34,8 +34,9 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedToke
 
 from common import Denoiser, Task, attention, denoise, encode, refuse, reward_rows
 from models import release_memory, save_model
-from tasks import (TARGETS, countdown_answers, countdown_prompt, countdown_split, load, sudoku_puzzles,
-                   sudoku_split)
+from tasks import load
+from tasks.countdown import TARGETS, countdown_answers, countdown_prompt, countdown_split
+from tasks.sudoku import sudoku_puzzles, sudoku_split
 
 RECIPE = 2  # to be raised when the same settings make another base
 

@@ -106,10 +106,12 @@ def tiny_task(name: str) -> str | None:
 
 def check(args, method: str):
     """Stop early on settings that cannot work; fill in the default --out. Returns args."""
-    if args.task not in tasks.TASKS:
-        refuse(f"unknown task {args.task!r}: choose from {', '.join(tasks.TASKS)}")
-    if args.model == "tiny" and args.task not in tasks.TINY_TASKS:
-        refuse(f"--model tiny knows {' and '.join(tasks.TINY_TASKS)}: {args.task} needs another --model")
+    try:
+        module = tasks.find(args.task)
+    except ValueError as error:
+        refuse(str(error))
+    if args.model == "tiny" and not hasattr(module, "TINY"):
+        refuse(f"--model tiny knows {' and '.join(tasks.names('TINY'))}: {args.task} needs another --model")
     made_for = tiny_task(args.model)
     if made_for not in (None, args.task):
         refuse(f"{args.model} is a tiny model of --task {made_for}")
