@@ -24,18 +24,22 @@ THE ONE PICTURE. A rollout keeps, for every position of the completion, the deno
 So every intermediate state can be rebuilt from the finished row, and no trajectory is ever stored.
 """
 
+import ast
 import contextlib
 import copy
 import dataclasses
 import hashlib
 import itertools
 import math
+import operator
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -530,6 +534,55 @@ def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: 
         "entropy": roll.entropy[roll.valid].mean().item(),
         "length": roll.valid.sum(1).float().mean().item(),
     }
+
+
+def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    """Share of the blanks filled as in the solution; 0 if a clue was changed or there are not exactly 16
+    digits.
+
+    White space is ignored, so a board may be written as a grid."""
+    board, puzzle = "".join(text.split()), row["puzzle"]
+    if len(board) != 16 or not (board.isascii() and board.isdigit()):
+        return 0.0, {"correct": 0.0, "parse_fail": 1.0}
+    if any(p not in ("0", b) for p, b in zip(puzzle, board, strict=True)):
+        return 0.0, {"correct": 0.0, "parse_fail": 0.0}
+    right = sum(p == "0" and b == s for p, b, s in zip(puzzle, board, row["solution"], strict=True))
+    return right / puzzle.count("0"), {"correct": float(board == row["solution"]), "parse_fail": 0.0}
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def without_result(text: str) -> str:
+    """An expression without the value it says it has: "30 - 7" of "30 - 7 = 23"."""
+    return re.sub(r" ?= ?-?[0-9.]+$", "", " ".join(text.split()))
+
+
+def countdown_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
+    """1 for an expression that hits the target, 0.1 for one over exactly the given numbers that misses it (or
+    divides by zero), else 0. Only integers and binary + - * /: not 2**4, 7//2 or -3."""
+    expression = without_result(text)
+    nodes = []
+    if len(expression) <= 200 and re.fullmatch(r"[0-9+\-*/() ]+", expression):  # "0x1e" is no number here
+        with contextlib.suppress(SyntaxError, RecursionError, MemoryError):  # the latter: deep parentheses
+            nodes = list(ast.walk(ast.parse(expression, mode="eval")))
+    if not nodes:
+        return 0.0, {"correct": 0.0, "parse_fail": 1.0}
+    used = sorted(node.value for node in nodes if isinstance(node, ast.Constant))
+    allowed = {ast.Expression, ast.BinOp, ast.Constant, *OPERATORS}
+    if not {type(node) for node in nodes} <= allowed or used != sorted(row["numbers"]):
+        return 0.0, {"correct": 0.0, "parse_fail": 0.0}
+    correct = 0.0
+    with contextlib.suppress(ZeroDivisionError):
+        correct = float(value_of(nodes[0].body) == int(row["answer"]))
+    return max(correct, 0.1), {"correct": correct, "parse_fail": 0.0}
+
+
+def value_of(node: ast.expr) -> Fraction:
+    """The exact value of a tree of OPERATORS over integers."""
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    return OPERATORS[type(node.op)](value_of(node.left), value_of(node.right))
 
 
 # ------------------------------------------------------------------------------------------------------ 6 run

@@ -31,7 +31,7 @@ import common  # noqa: E402
 import run  # noqa: E402
 from compare import BASES, MAIN, processor, run_folder  # noqa: E402
 from models import load_model  # noqa: E402
-from tasks import sudoku  # noqa: E402
+from tasks import load  # noqa: E402
 
 
 def every_row(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +84,7 @@ def compare(method: str, model: str, where: str):
 
 def by_entropy(prompts: int = 32, G: int = 16, S: int = 8):
     """Lines of the base's rollouts, from cold to hot."""
-    model, rows = load_model(str(BASES / "sudoku")), sudoku().train[:prompts]
+    model, rows = load_model(str(BASES / "sudoku")), load("sudoku", chat=False).train[:prompts]
     tokens, mask = common.encode(model, [row["prompt"] for row in rows for _ in range(G)])
     for temperature in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
         gens = [common.generator("cpu", 5, "tree", i) for i in range(prompts)]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from compare import BASES, base_digest  # noqa: E402
 from run import git_commit  # noqa: E402
-from tasks import TINY_TASKS  # noqa: E402
+from tasks import find  # noqa: E402
 
 RESULTS = ROOT / "results" / "tuning.jsonl"
 METHODS = {
@@ -101,7 +101,7 @@ def done(task: str) -> dict[tuple, float]:
 
 def tune(task: str, jobs: int):
     with tempfile.TemporaryDirectory() as folder:
-        rows = TINY_TASKS[task].sources["validation"]()
+        rows = find(task).TINY.sources["validation"]()
         Path(folder, "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = dict.fromkeys(METHODS, SETTINGS)
         for seed, limit in ROUNDS:

@@ -123,10 +123,13 @@ def tiny_task(name: str) -> str | None:
 
 def check(settings: SimpleNamespace, method: str):
     """Stop early on settings that cannot work; fill in the default --out."""
-    if settings.task not in tasks.TASKS:
-        refuse(f"unknown task {settings.task!r}: choose from {', '.join(tasks.TASKS)}")
-    if settings.model == "tiny" and settings.task not in tasks.TINY_TASKS:
-        refuse(f"--model tiny knows {' and '.join(tasks.TINY_TASKS)}: {settings.task} needs another --model")
+    try:
+        module = tasks.find(settings.task)
+    except ValueError as error:
+        refuse(str(error))
+    if settings.model == "tiny" and not hasattr(module, "TINY"):
+        known = " and ".join(tasks.names("TINY"))
+        refuse(f"--model tiny knows {known}: {settings.task} needs another --model")
     made_for = tiny_task(settings.model)
     if made_for not in (None, settings.task):
         refuse(f"{settings.model} is a tiny model of --task {made_for}")

@@ -38,8 +38,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder
 from common import Denoiser, Task, attention, encode, reward_rows, roll_out  # noqa: E402
 from plumbing.models import release_memory, save_model  # noqa: E402
 from plumbing.parallel import refuse  # noqa: E402
-from tasks import (TARGETS, countdown_answers, countdown_prompt, countdown_split, load,  # noqa: E402
-                   sudoku_puzzles, sudoku_split)
+from tasks import load  # noqa: E402
+from tasks.countdown import TARGETS, countdown_answers, countdown_prompt, countdown_split  # noqa: E402
+from tasks.sudoku import sudoku_puzzles, sudoku_split  # noqa: E402
 
 RECIPE = 2  # to be raised when the same settings make another base
 

@@ -93,7 +93,7 @@ def toy_task(texts=("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901="))
 def offer(monkeypatch, name: str, task):
     """Make `--task name` mean task(), and any folder a tiny model of it."""
     monkeypatch.setattr(run, "tiny_task", lambda folder: name)
-    monkeypatch.setitem(tasks.TASKS, name, None)
+    monkeypatch.setattr(tasks, "find", lambda name: None)
     monkeypatch.setattr(tasks, "load", lambda name, **_: task())
 
 

@@ -50,7 +50,7 @@ def main():
         toy.test = toy.train[:7]
         return toy
 
-    run.tiny_task, tasks.TASKS["toy"], tasks.load = lambda folder: "toy", None, task
+    run.tiny_task, tasks.find, tasks.load = lambda folder: "toy", lambda name: None, task
     common.LOGITS = 256  # the head in parts, each computed again in backward
     for mode, method, argv in json.loads(sys.argv[1]):
         models.plan = without_room if mode == "in step" else PLAN

@@ -17,7 +17,7 @@ from test_methods import launch, lines
 import common
 import models
 import pretrain
-import tasks
+import tasks.countdown
 
 L, BLOCK, T, PAD, EOS, MASK = 8, 4, 2.0, 0, 1, 2
 TRAIN = [([3, 7, 2], 13), ([12, 4], 8), ([6, 6], 36), ([12, 5, 1], 8)]
@@ -105,7 +105,7 @@ def watched(monkeypatch, tmp_path, with_a_gradient):
             if function:
                 monkeypatch.setattr(module, name, function)
         parts = {"train": problems(TRAIN), "test": problems(TEST)}
-        monkeypatch.setattr(tasks, "countdown_split", lambda: parts)
+        monkeypatch.setattr(tasks.countdown, "countdown_split", lambda: parts)
         monkeypatch.setattr("run.plot", lambda *_: None)
         models.save_model(sharp_model(eos=4.0, task="countdown"), tmp_path / "model")
         small = f"--task countdown --prompts 4 --G 8 --minibatches 1 --temperature {T} --updates {updates}"
@@ -159,9 +159,10 @@ def test_a_wrong_one_would_be_found(name, wrong, said, command, watched):
 def test_a_base_learns(tmp_path, monkeypatch):
     """A base of a few seconds, on two numbers from 1 to 5."""
     pairs = itertools.combinations_with_replacement(range(1, 6), 2)
-    train = problems((pair, value) for pair in pairs for value in tasks.countdown_answers(pair) if value > 0)
+    train = problems((pair, value) for pair in pairs
+                     for value in tasks.countdown.countdown_answers(pair) if value > 0)
     parts = {"train": train, "validation": train, "test": problems(TEST)}
-    for module in (tasks, pretrain):
+    for module in (tasks.countdown, pretrain):
         monkeypatch.setattr(module, "countdown_split", lambda: parts)
     monkeypatch.setattr("run.plot", lambda *_: None)
     settings = pretrain.Settings(task="countdown", solved=1.0, careless=0.0, steps=300, batch=32, lr=3e-3,

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-ABOVE = [["parallel", "sandbox"], ["common"], ["tasks", "models", "report"], ["pretrain"], ["run"],
+ABOVE = [["parallel"], ["common"], ["tasks", "models", "report"], ["pretrain"], ["run"],
          ["egspo", "rldf", "wd1", "gdsd", "compare"]]
 FLOOR = {name: floor for floor, names in enumerate(ABOVE) for name in names}
 
@@ -30,8 +30,11 @@ def points_up(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def test_arrows_point_down():
-    graph = {name: arrows((ROOT / f"{name}.py").read_text()) for name in FLOOR}
-    assert set(FLOOR) == {file.stem for file in ROOT.glob("*.py")}
+    graph = {name: arrows((ROOT / f"{name}.py").read_text()) for name in FLOOR.keys() - {"tasks"}}
+    graph["tasks"] = set.union(*(arrows(file.read_text()) for file in (ROOT / "tasks").glob("*.py")))
+    assert graph["tasks"] == {"common", "tasks"}  # its own files; test_task_files has their arrows
+    graph["tasks"] = {"common"}
+    assert set(FLOOR) == {file.stem for file in ROOT.glob("*.py")} | {"tasks"}
     assert points_up(graph) == []
     methods = [arrows(file.read_text()) for file in (ROOT / "baselines").glob("*.py")]
     methods += [graph[method] for method in ABOVE[-1][:4]]
@@ -57,3 +60,20 @@ def test_what_an_import_brings(code, without):
     check = f"import sys; {code}; print(*[name for name in {without.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_task_files():
+    """A task imports what all tasks share; of the other tasks none knows one but those on code."""
+    known = {"answers", "code", "sandbox"}
+    for file in (ROOT / "tasks").glob("*.py"):
+        found = {node.module for node in ast.walk(ast.parse(file.read_text()))
+                 if isinstance(node, ast.ImportFrom) and node.module.startswith("tasks.")}
+        allowed = {"__init__": set(), "answers": set(), "sandbox": set(), "code": {"answers", "sandbox"}}
+        assert found <= {f"tasks.{name}" for name in allowed.get(file.stem, known)}, file.stem
+
+
+def test_a_task_is_imported_when_it_is_asked_for():
+    check = ("import sys, tasks; tasks.find('gsm8k'); "
+             "print(*[name for name in sys.modules if name.startswith('tasks.')])")
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"tasks.answers", "tasks.gsm8k"}

@@ -20,12 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pretrain
 import run
 import wd1
-from common import Denoiser
+from common import Denoiser, countdown_reward
 from models import is_bidirectional, load_model, save_model
 from pretrain import (TINY, Settings, base_folder, countdown_demonstrations, sudoku_demonstrations,
                       tiny_model, train)
-from tasks import (countdown_reward, countdown_split, countdown_tiny_row, load,
-                   sudoku_puzzles, sudoku_split)
+from tasks import load
+from tasks.countdown import countdown_split, countdown_tiny_row
+from tasks.sudoku import sudoku_puzzles, sudoku_split
 
 SMALL = {"steps": 3, "batch": 8, "layers": 1, "width": 32}
 

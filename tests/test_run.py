@@ -163,7 +163,7 @@ def test_a_tiny_model_is_refused_another_task(task, other, tmp_path, capfd, monk
 def test_model_tiny_is_refused_a_task_in_words_before_it_is_built(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(pretrain, "base_folder", lambda *_: pytest.fail("built"))
     said = refused(capfd, "--task", "gsm8k", "--out", tmp_path / "run")
-    assert said == "error: --model tiny knows sudoku and countdown: gsm8k needs another --model"
+    assert said == "error: --model tiny knows countdown and sudoku: gsm8k needs another --model"
     assert not (tmp_path / "run").exists()
 
 

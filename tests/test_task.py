@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, global_random_states, sharp_model
 
-from common import draw_prompts, encode, generator, reward_rows, until_eos
+from common import (countdown_reward, draw_prompts, encode, generator, reward_rows, sudoku_reward,
+                    until_eos)
 from pretrain import tiny_model
-from tasks import (LARGEST, TARGETS, countdown_answers, countdown_chat_reward, countdown_draw,
-                   countdown_reward, countdown_split, countdown_tiny_row, load, sudoku, sudoku_draw,
-                   sudoku_grids, sudoku_puzzles, sudoku_reward, sudoku_split)
+from tasks import load
+from tasks.countdown import (LARGEST, TARGETS, countdown_answers, countdown_chat_reward, countdown_draw,
+                             countdown_split, countdown_tiny_row)
+from tasks.sudoku import sudoku_draw, sudoku_grids, sudoku_puzzles, sudoku_split
 
 PUBLIC = ROOT.parent / "shared" / "data" / "4x4_test_sudoku.csv"
 ROW = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
@@ -22,7 +24,7 @@ ROW = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
 
 @pytest.fixture(scope="module")
 def task():
-    return sudoku()
+    return load("sudoku", chat=False)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_boards(task):
         assert solutions(row["puzzle"]) == [row["solution"]]
     blanks = [row["puzzle"].count("0") for row in task.test]
     assert set(blanks) == {6, 7, 8, 9, 10}
-    again = sudoku()
+    again = load("sudoku", chat=False)
     assert again.train == task.train and again.test == task.test
 
 

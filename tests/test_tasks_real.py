@@ -15,8 +15,13 @@ import pytest
 from conftest import ROOT, global_random_states
 
 import tasks
-from tasks import (BOXED, CODE, TAGS, boxed, code_block, code_reward, code_row, countdown_chat_reward,
-                   gsm8k_reward, load, math_reward, read_number)
+from tasks import answers, load
+from tasks import math as math_task
+from tasks.answers import BOXED, TAGS, boxed, code_block
+from tasks.code import CODE, code_free, code_reward, code_row
+from tasks.countdown import countdown_chat_reward
+from tasks.gsm8k import gsm8k_reward, gsm8k_row, read_number
+from tasks.math import math_reward
 
 DATA = ROOT.parent / "shared" / "data"
 FILES = {"sudoku": "4x4_test_sudoku.csv", "gsm8k": "gsm8k_test.json", "math": "MATH500.json",
@@ -194,13 +199,13 @@ def test_math_does_not_hang():
         judged = pool.submit(math_reward, "\\boxed{2+1}", row)  # and it goes on
         assert judged.result(timeout=30) == (1.0, RIGHT)
     assert time.process_time() - start < 1 and os.times().children_user == before  # not here
-    assert os.getsid(tasks.math_judge().pid) != os.getsid(0)  # a ctrl-C does not reach it
+    assert os.getsid(math_task.math_judge().pid) != os.getsid(0)  # a ctrl-C does not reach it
 
 
 def test_math_verify_that_does_not_work_is_told(monkeypatch):
-    tasks.math_judge.cache_clear()
-    monkeypatch.setattr(tasks, "DIED", [])
-    monkeypatch.setattr(tasks.sys, "executable", "false")
+    math_task.math_judge.cache_clear()
+    monkeypatch.setattr(math_task, "DIED", [])
+    monkeypatch.setattr(math_task.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="pip install"):
         math_reward("\\boxed{3}", {"answer": "3"})
 
@@ -208,16 +213,16 @@ def test_math_verify_that_does_not_work_is_told(monkeypatch):
 def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
     """And an answer of which it dies again, or after which none starts, scores 0; no run ends for it."""
     row, said = {"answer": "3"}, []
-    monkeypatch.setattr(tasks, "DIED", [])
-    monkeypatch.setattr(tasks.atexit, "register", said.append)
+    monkeypatch.setattr(math_task, "DIED", [])
+    monkeypatch.setattr(math_task.atexit, "register", said.append)
     assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
-    tasks.math_judge().kill()
-    tasks.math_judge().wait()
-    assert math_reward("\\boxed{2+1}", row) == (1.0, RIGHT) and len(tasks.DIED) == 1
+    math_task.math_judge().kill()
+    math_task.math_judge().wait()
+    assert math_reward("\\boxed{2+1}", row) == (1.0, RIGHT) and len(math_task.DIED) == 1
     with monkeypatch.context() as patch:
         for executable in ("true", "/nowhere"):
-            patch.setattr(tasks.sys, "executable", executable)
-            tasks.math_judge.cache_clear()
+            patch.setattr(math_task.sys, "executable", executable)
+            math_task.math_judge.cache_clear()
             assert math_reward("\\boxed{3}", row) == (0.0, UNREADABLE)
     assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
     assert capfd.readouterr() == ("", "")
@@ -580,16 +585,16 @@ def test_tests_that_a_body_of_none_passes_are_not_free(tmp_path):
              for code in ("import os; os._exit(0)", "while True: pass")]
     task = load("humaneval", chat=True, test_data=write(tmp_path / "data.json", raws), train=False)
     assert len(task.test) == 4
-    assert tasks.code_free(task.test) == [False] * 4
+    assert code_free(task.test) == [False] * 4
     free = code_row(MBPP | {"test_list": ["pass"]})
-    assert tasks.code_free([*task.test, free, *task.test]) == [False] * 4 + [True] + [False] * 4
+    assert code_free([*task.test, free, *task.test]) == [False] * 4 + [True] + [False] * 4
 
 
 @needs_data
 def test_no_test_of_mbpp_is_free():
     """`published` looks at them too; this says how long it takes: 1 s would be 20 times what it does."""
     rows, start = published("mbpp"), time.perf_counter()
-    assert not any(tasks.code_free(rows * 2))
+    assert not any(code_free(rows * 2))
     assert len(rows) == 498 and time.perf_counter() - start < 10
 
 
@@ -623,7 +628,10 @@ WRAP = {"gsm8k": "\\boxed{{{}}}", "math": "\\boxed{{{}}}", "mbpp": "```python\n{
 COUNT = {"math": 60, "mbpp": 20, "humaneval": 20}  # these start processes
 
 
-@pytest.mark.parametrize("name, recipe", [*tasks.TASKS.items(), *tasks.TINY_TASKS.items()])
+RECIPES = [(name, getattr(tasks.find(name), of)) for of in ("TASK", "TINY") for name in tasks.names(of)]
+
+
+@pytest.mark.parametrize("name, recipe", RECIPES)
 def test_no_text_breaks_a_reward(name, recipe, capfd, recwarn):
     """Nor makes it print, warn, or draw a random number; and a drawing fits into a terminal."""
     gen = random.Random(0)
@@ -646,7 +654,7 @@ def test_no_text_breaks_a_reward(name, recipe, capfd, recwarn):
 
 def test_rewards_are_quick_on_long_texts():
     for name in ("sudoku", "gsm8k", "math", "countdown", "mbpp"):
-        recipe = tasks.TASKS[name]
+        recipe = tasks.find(name).TASK
         row = recipe.row(REWARDS[name])
         for piece in ("<answer>", "</answer>", "\\boxed{", "{", "}", "= 1", "```", "1", ".", "<|", " ", "\n"):
             for text in (piece * 20000, f"<answer>{piece * 20000}</answer>", f"\\boxed{{{piece * 20000}}}"):
@@ -657,14 +665,14 @@ def test_rewards_are_quick_on_long_texts():
 
 
 def test_drawings_show_the_end_of_the_answer():
-    row = tasks.gsm8k_row({"question": "How many? " * 50, "answer": "#### 18"})
-    lines = tasks.draw_text("First, I think. " * 200 + "So it is \\boxed{17}.", row)
+    row = gsm8k_row({"question": "How many? " * 50, "answer": "#### 18"})
+    lines = answers.draw_text("First, I think. " * 200 + "So it is \\boxed{17}.", row)
     assert len(lines) == 6 and lines[1].endswith(" ...") and lines[5] == "= 18"
     assert lines[4].endswith("\\boxed{17}.")
-    assert tasks.draw_text("", row)[2:] == ["> (nothing)", "= 18"]
-    wide = tasks.draw_text(block("x = [" + "1, " * 99 + "]"), code_row(MBPP))[1]
+    assert answers.draw_text("", row)[2:] == ["> (nothing)", "= 18"]
+    wide = answers.draw_text(block("x = [" + "1, " * 99 + "]"), code_row(MBPP))[1]
     assert wide.startswith("> x = [1, 1") and len(wide) == 100
-    assert tasks.draw_text(block("def f():\n    return 1"), code_row(MBPP)) == [
+    assert answers.draw_text(block("def f():\n    return 1"), code_row(MBPP)) == [
         "  Write a function to add the fields of a pair.", "> def f():", ">     return 1",
         "= assert add(pair(1, 2)) == 3"]
 
@@ -916,7 +924,7 @@ def test_refused_rows(tmp_path, name, raw, message):
 
 
 def test_refused_tasks():
-    every = "sudoku, gsm8k, math, countdown, mbpp, humaneval"
+    every = "countdown, gsm8k, humaneval, math, mbpp, sudoku"
     with pytest.raises(ValueError, match=f"^unknown task 'chess': choose from {every}$"):
         load("chess", chat=True)
     for name in ("gsm8k", "math", "mbpp", "humaneval"):

@@ -362,7 +362,7 @@ def test_a_text_is_data_and_never_markup(tmp_path):
 @browser
 def test_an_expression_is_a_row_of_tokens_and_what_it_comes_to(tmp_path):
     model = pretrain.tiny_model(layers=1, width=32, task="countdown")
-    recipe, numbers = tasks.TINY_TASKS["countdown"], "3 + 7 + 2"
+    recipe, numbers = tasks.find("countdown").TINY, "3 + 7 + 2"
     row = recipe.row({"numbers": [3, 7, 2], "target": 13})
     task = common.Task([], [row], recipe.reward, recipe.draw)
     held = evaluation(model, [numbers], [0.0], 8, 8)
