@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, partialmethod
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,13 @@ def start() -> torch.device:
     A process may wait while another finishes its rollout or process 0 writes a checkpoint, so the limit is an
     hour. A death is noticed without it: torchrun ends all processes when one has ended with an error."""
     cuda = torch.cuda.is_available()
+    if cuda:
+        # On Hopper cuDNN's attention comes first, and it builds a plan for every new shape. Every update has
+        # dozens of new ones here, and attention is a hundredth of a step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif Path("/dev/nvidia0").exists():
+        print("warning: this machine has an NVIDIA GPU, but torch cannot use it (is the driver older than "
+              f"torch's CUDA {torch.version.cuda}?): training on the CPU", file=sys.stderr)
     if "WORLD_SIZE" not in os.environ:
         return torch.device("cuda" if cuda else "cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
