@@ -461,7 +461,7 @@ def micro_batches(model: Denoiser, pairs: Tensor, x: Tensor, budget: int) -> Ite
 def per_step(values: Tensor, revealed_at: Tensor, S: int) -> Tensor:
     """Sum values (B, L) over the tokens that each step revealed: (B, S). The tail (S) is left out.
 
-    On the CPU, because CUDA adds in any order: processes would differ in the last bit and choose other steps."""
+    On the CPU: CUDA adds in any order, so processes would differ in the last bit and choose other steps."""
     sums = torch.zeros(len(values), S + 1, dtype=values.dtype)
     return sums.scatter_add(1, revealed_at.cpu(), values.cpu())[:, :S].to(values.device)
 
