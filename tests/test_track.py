@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_methods import SMALL, complete_lines, launch, lines
 
-import models
-import pretrain
+from plumbing import models
+from plumbing import pretrain
 
 FAKE = """
 calls = []
