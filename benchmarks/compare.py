@@ -1,12 +1,11 @@
-"""Which method, at what cost: methods x variants x tasks x seeds, and the tables and figures of them.
+"""Which method, at what cost: methods x variants x tasks x bases x seeds, and the tables and figures of them.
 
-One run per process, as many at a time as there are cores, one thread each, all from the bases that are kept
-in results/bases. A finished run is a line of results/runs.jsonl and is never repeated; stopped and started
+One run for each process, as many at a time as there are cores, one thread each, from the bases that are kept
+in plumbing/bases. A finished run is a line of results/runs.jsonl and is never repeated. Stopped and started
 again, the others go on from their checkpoints.
 
-python benchmarks/compare.py             all runs that are missing; --study main --seeds 3 for some of them
-python benchmarks/compare.py --report    the tables between the marks of README.md and results/README.md, and
-                                         the figures
+python benchmarks/compare.py            all runs that are missing; --study main --bases 1 for some of them
+python benchmarks/compare.py --report   the tables of README.md and results/README.md, and the figures
 """
 
 import hashlib
@@ -17,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,23 +36,27 @@ from plumbing.report import plot_methods  # noqa: E402
 from plumbing.run import git_commit  # noqa: E402
 
 RUNS = ROOT / "results" / "runs.jsonl"
-BASES = ROOT / "results" / "bases"  # of each task: pretrain.py builds other weights on another CPU
+BASES = ROOT / "plumbing" / "bases"
 MAIN = {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
     "wd1++": "wd1.py --plusplus", "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc",
     "diffu-GRPO": "baselines/diffu_grpo.py", "ESPO": "baselines/espo.py",
     "JustGRPO": "baselines/just_grpo.py",
 }
-ABLATIONS = {  # each differs from its method's line in MAIN by what is added; Sudoku alone, three seeds
+ABLATIONS = {  # each differs from its method's line in MAIN by what is added; on Sudoku alone
     "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order confidence",
                  "--order random"],
     "RLDF": ["--select uniform", "--p_min 0", "--masks random"],
     "wd1": ["--positive_only"], "wd1++": ["--positive_only"],
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
-FIVE_MINUTES = [f"{MAIN['EGSPO-SA']} --task sudoku --seed {seed} --updates 800" for seed in (1, 2, 3)]
-LONG = {method: f"{MAIN[method]} --task sudoku --seed 1 --eval_every 100 --updates {updates}"  # 10 x default
-        for method, updates in {"EGSPO-SA": 3200, "wd1++": 2000, "RLDF": 1600}.items()}
+LONG = {  # ten times the default updates, three seeds on one base
+    "EGSPO-SA": 3200, "RLDF": 1600, "wd1": 2100, "wd1++": 2000, "GDSD": 200, "diffu-GRPO": 1500, "ESPO": 260,
+    "JustGRPO": 480}
+WHEN = {  # which to take when, for the README
+    "EGSPO": "", "EGSPO-SA": "", "RLDF": "", "wd1": "", "wd1++": "", "GDSD": "", "GDSD-TLC": "",
+    "diffu-GRPO": "", "ESPO": "", "JustGRPO": "",
+}
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",
                "GDSD-TLC": "92.0"},
@@ -65,7 +69,8 @@ PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
 class Args:
     study: Literal["main", "ablations", "long", "all"] = "all"
     task: Literal["sudoku", "countdown", "all"] = "all"
-    seeds: int = 5  # of the main study: 1 to this; the ablations have three
+    bases: int = 3  # of the main study: 0 to this; the ablations have two, the long runs one
+    seeds: int = 2  # RL seeds on each base, from 1; the long runs have three
     jobs: int = os.cpu_count() or 1  # runs at a time, one thread each
     report: bool = False  # run nothing, rebuild tables and figures
 
@@ -73,31 +78,50 @@ class Args:
 # ------------------------------------------------------------------------------------------------- the runs
 
 
+def command_of(method: str, task: str, base: int, seed: int, change: str = "") -> str:
+    """The command line of a run, as a user would type it in the root."""
+    words = f"{MAIN[method]} {change}".split()
+    return " ".join([*words, f"--task {task} --model plumbing/bases/{task}-{base} --seed {seed}"])
+
+
 def commands(args: Args) -> list[str]:
-    """The command lines of a study; a seed of everything before the next seed of anything."""
+    """The command lines of a study: one of everything before the next of anything, the bases first."""
     found = []
+    tasks = [task for task in TINY if args.task in (task, "all")]
     for seed in range(1, args.seeds + 1):
-        if args.study in ("main", "all"):
-            found += [f"{command} --task {task} --seed {seed}" for task in TINY if args.task in (task, "all")
-                      for command in MAIN.values()]
-        if args.study in ("ablations", "all") and seed <= 3 and args.task != "countdown":
-            found += [f"{MAIN[method]} {change} --task sudoku --seed {seed}"
-                      for method, changes in ABLATIONS.items() for change in changes]
-    if args.study in ("long", "all") and args.task != "countdown":
-        found += [*FIVE_MINUTES, *LONG.values()]
+        for base in range(args.bases):
+            if args.study in ("main", "all"):
+                found += [command_of(method, task, base, seed) for task in tasks for method in MAIN]
+            if args.study in ("ablations", "all") and base < 2 and "sudoku" in tasks:
+                found += [command_of(method, "sudoku", base, seed, change)
+                          for method, changes in ABLATIONS.items() for change in changes]
+    if args.study in ("long", "all") and "sudoku" in tasks:
+        found += [command_of(method, "sudoku", 0, seed, long_change(method))
+                  for seed in (1, 2, 3) for method in LONG]
     return found
 
 
-def base_digest(task: str) -> str:
-    """Names the weights that the runs of a task start from."""
-    return hashlib.sha256((BASES / task / "model.safetensors").read_bytes()).hexdigest()[:12]
+def long_change(method: str) -> str:
+    """What makes a long run of a method's command: evaluations are rare, since they take their time."""
+    return f"--updates {LONG[method]} --eval_every {max(10, LONG[method] // 20)}"
 
 
-def finished(kept: bool = True) -> dict[str, dict]:
-    """The line of every finished run from the kept bases, or else from earlier ones, by its command."""
+def base_of(command: str) -> Path:
+    """The folder of the base that a run starts from."""
+    return BASES / Path(re.search(r"--model (\S+)", command)[1]).name
+
+
+def digest(base: Path) -> str:
+    """Names the weights of a base."""
+    return hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def finished() -> dict[str, dict]:
+    """The line of every finished run from the kept bases, by its command."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    bases = set(map(base_digest, TINY))
-    return {row["command"]: row for row in map(json.loads, lines) if (row["base"] in bases) == kept}
+    rows = {row["command"]: row for row in map(json.loads, lines)}
+    digests = {base: digest(base) for base in set(map(base_of, rows)) if base.is_dir()}
+    return {command: row for command, row in rows.items() if row["base"] == digests.get(base_of(command))}
 
 
 def run_folder(command: str) -> Path:
@@ -111,8 +135,7 @@ def execute(command: str) -> dict:
         shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     script, *flags = command.split()
-    base = BASES / re.search(r"--task (\w+)", command)[1]
-    flags = ["--resume", out] if out.exists() else [*flags, "--model", base, "--out", out]
+    flags = ["--resume", out] if out.exists() else [*flags, "--out", out]
     with open(f"{out}.log", "w") as log:
         done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -138,7 +161,7 @@ def line_of(command: str, out: Path) -> dict:
     correct = np.packbits([int(c) for _, c in last["answers"]]).tobytes().hex()
     return {"command": command, **{k: update[k] for k in kept}, "curve": curve, "adaptive": decoded,
             "rows": last["rows"], "correct": correct, "commit": git_commit(), "torch": last["torch"],
-            "base": base_digest(last["args"]["task"]),
+            "base": digest(base_of(command)),
             "machine": f"{processor()}, one thread of {os.cpu_count()}"}
 
 
@@ -169,15 +192,18 @@ def make(args: Args):
 # ----------------------------------------------------------------------------------------------- the report
 
 
-def main_runs(there: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
-    """Of the finished runs those of each task and method, seed by seed."""
-    return {task: {method: of(there, command, task) for method, command in MAIN.items()} for task in TINY}
+def runs_of(there: dict[str, dict], method: str, task: str, change: str = "") -> list[list[dict]]:
+    """The finished runs of a method, a list for each base."""
+    found = [[there[command] for seed in range(1, 10)
+              if (command := command_of(method, task, base, seed, change)) in there] for base in range(3)]
+    return [of_base for of_base in found if of_base]
 
 
-def of(there: dict[str, dict], command: str, task: str) -> list[dict]:
-    """The finished runs of a command, seed by seed."""
-    seeds = [f"{command} --task {task} --seed {seed}" for seed in range(1, 100)]
-    return [there[seed] for seed in seeds if seed in there]
+def knows(task: str) -> list[float]:
+    """What each kept base knew at the end of its first phase: the share of the held-out rows it solved."""
+    folders = [BASES / f"{task}-{base}" for base in range(3)]
+    return [json.loads((folder / "config.json").read_text())["knows"]["test"]
+            for folder in folders if folder.is_dir()]
 
 
 def every_table() -> dict[str, str]:
@@ -186,16 +212,19 @@ def every_table() -> dict[str, str]:
         return [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
 
     there = finished()
-    runs = main_runs(there)
+    main = {task: {method: runs_of(there, method, task) for method in MAIN} for task in TINY}
     tuned = lines("tuning.jsonl")
-    changed = [(method, change, of(there, f"{MAIN[method]} {change}".strip(), "sudoku")[:3])
+    changed = [(method, change, runs_of(there, method, "sudoku", change))
                for method, changes in ABLATIONS.items() for change in ["", *changes]]
+    changed = [line for line in changed if line[2]]
+    long = [there[c] for seed in (1, 2, 3) for method in LONG
+            if (c := command_of(method, "sudoku", 0, seed, long_change(method))) in there]
     return {
-        "main": tables.main_table(runs),
-        **{f"budget {task}": tables.budget_table(runs[task], MAIN, PAPER[task]) for task in TINY},
-        "long": tables.long_table([there[c] for c in commands(Args("long")) if c in there]),
+        "main": tables.main_table(main, {task: knows(task) for task in TINY}, WHEN),
+        **{f"budget {task}": tables.budget_table(main[task], MAIN, PAPER[task], knows(task))
+           for task in TINY},
+        "long": tables.long_table(long),
         "ablations": tables.ablation_table(changed),
-        "earlier": tables.earlier_table(finished(kept=False), list(TINY)),
         **{f"tuning {task}": tables.tuning_table([line for line in tuned if line["task"] == task])
            for task in TINY},
         "tree": tables.tree_table(lines("tree.jsonl")),
@@ -204,20 +233,27 @@ def every_table() -> dict[str, str]:
     }
 
 
+def curves(there: dict[str, dict], task: str, change: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """The curve of every finished run of each method: (runs, points, 4)."""
+    found = {method: sum(runs_of(there, method, task, change(method)), []) for method in MAIN
+             if method in LONG or not change(method)}
+    return {method: np.array([row["curve"] for row in rows]) for method, rows in found.items()}
+
+
 def report():
     """Rebuild every table, and the figures of the runs."""
     made, there = every_table(), finished()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         file.write_text(tables.fill(file.read_text(), made))
-    curves = {task: {method: np.array([row["curve"] for row in found]) for method, found in methods.items()}
-              for task, methods in main_runs(there).items()}
-    plot_methods(curves, ROOT / "results" / "methods.png")
-    curves = {method: np.array([there[c]["curve"]]) for method, c in LONG.items() if c in there}
-    plot_methods({"sudoku": curves}, ROOT / "results" / "long.png")
+    plot_methods({task: curves(there, task, lambda method: "") for task in TINY},
+                 ROOT / "results" / "methods.png")
+    long = curves(there, "sudoku", lambda method: long_change(method) if method in LONG else "-")
+    if any(map(len, long.values())):
+        plot_methods({"sudoku": long}, ROOT / "results" / "long.png")
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if args.seeds < 1 or args.jobs < 1:
-        refuse("--seeds and --jobs must be at least 1")
+    if min(args.seeds, args.jobs, args.bases) < 1:
+        refuse("--bases, --seeds and --jobs must be at least 1")
     report() if args.report else make(args)

@@ -31,20 +31,31 @@ def clusters(task: str) -> np.ndarray:
     return np.unique(keys, return_inverse=True)[1]
 
 
-def interval(runs: list[dict], cluster: np.ndarray) -> str:
-    """Mean solved share of the runs, %, and its 95 % interval: seeds and clusters drawn with replacement."""
+def interval(runs: list[list[dict]], cluster: np.ndarray) -> str:
+    """Mean solved share of the runs, %, a list for each base, and its 95 % interval. Bases, the seeds of a
+    base, and clusters are drawn with replacement."""
     if not runs:
         return "not measured"
-    packed = np.stack([np.frombuffer(bytes.fromhex(row["correct"]), np.uint8) for row in runs])
-    right = np.unpackbits(packed, axis=1)[:, : len(cluster)]  # (seeds, rows)
-    sums = np.stack([np.bincount(cluster, row) for row in right])  # (seeds, clusters)
-    sizes, rng, means = np.bincount(cluster), np.random.default_rng(0), []
+    sums, sizes = [], np.bincount(cluster)
+    for of_base in runs:
+        packed = np.stack([np.frombuffer(bytes.fromhex(row["correct"]), np.uint8) for row in of_base])
+        right = np.unpackbits(packed, axis=1)[:, : len(cluster)]  # (seeds, rows)
+        sums.append(np.stack([np.bincount(cluster, row) for row in right]))  # (seeds, clusters)
+    rng, means = np.random.default_rng(0), []
     for _ in range(2000):
-        seeds = rng.integers(len(runs), size=len(runs))
-        drawn = rng.integers(len(sizes), size=len(sizes))
-        means.append(100 * sums[seeds][:, drawn].sum() / sizes[drawn].sum() / len(runs))
+        drawn, shares = rng.integers(len(sizes), size=len(sizes)), []
+        for base in rng.integers(len(sums), size=len(sums)):
+            seeds = rng.integers(len(sums[base]), size=len(sums[base]))
+            shares.append(sums[base][seeds][:, drawn].sum() / sizes[drawn].sum() / len(seeds))
+        means.append(100 * np.mean(shares))
     low, high = np.quantile(means, (0.025, 0.975))
-    return f"**{percent(right.mean())}** [{low:.0f}, {high:.0f}]"
+    mean = np.mean([of_base.sum() / sizes.sum() / len(of_base) for of_base in sums])
+    return f"**{percent(mean)}** [{low:.0f}, {high:.0f}]"
+
+
+def flat(runs: list[list[dict]]) -> list[dict]:
+    """The runs of all bases in one list."""
+    return sum(runs, [])
 
 
 def adaptive(runs: list[dict], when: int = 1) -> str:
@@ -55,52 +66,61 @@ def adaptive(runs: list[dict], when: int = 1) -> str:
     return f"{percent(share)} ({nfe:.1f})"
 
 
-def base(runs: list[dict]) -> tuple[str, str]:
-    """Solved by the base the runs start from, and by its adaptive decoding."""
-    return percent(runs[0]["curve"][0][3]), adaptive(runs[:1], 0)
+def shows(runs: list[dict]) -> str:
+    """Solved by the bases that the runs start from, as a mean."""
+    return percent(np.mean(list({row["base"]: row["curve"][0][3] for row in runs}.values()))) if runs else ""
 
 
-def each_seed(runs: list[dict]) -> str:
-    """Solved by each run at its end."""
-    return ", ".join(percent(row["curve"][-1][3]) for row in runs)
+def each_seed(runs: list[list[dict]]) -> str:
+    """Solved by each run at its end; a semicolon between two bases."""
+    return "; ".join(", ".join(percent(row["curve"][-1][3]) for row in of_base) for of_base in runs)
 
 
-def cells(runs: list[dict], cluster: np.ndarray) -> list[str]:
-    """What a method reaches and what it takes: solved, minutes, forwards, adaptive decoding."""
+def forwards(runs: list[dict]) -> str:
+    """Thousands of forwards made, and how many the papers count."""
     if not runs:
-        return ["not measured", "", "", ""]
+        return ""
     made = np.mean([row["nfe_rollout"] + row["nfe_update"] for row in runs]) / 1000
     full = np.mean([row["curve"][-1][2] for row in runs]) / 1000
-    minutes = np.median([row["seconds"] for row in runs]) / 60
-    return [interval(runs, cluster), f"{minutes:.1f}", f"{made:.0f} of {full:.0f}", adaptive(runs)]
+    return f"{made:.0f} / {full:.0f}"
 
 
-def main_table(runs: dict[str, dict[str, list[dict]]]) -> str:
-    """The README's: every method on both tasks, {task: {method: a run of each seed}}."""
-    columns = []  # of the first task all four, of the second two
-    for (task, methods), kept in zip(runs.items(), (4, 2), strict=True):
-        everything = sum(methods.values(), [])
-        solved, decoded = base(everything) if everything else ("", "")
-        start = [solved, "", "", decoded]
-        columns.append([start[:kept], *[cells(found, clusters(task))[:kept] for found in methods.values()]])
-    names = ["the base", *next(iter(runs.values()))]
-    rows = [[name, *sum(parts, [])] for name, *parts in zip(names, *columns, strict=True)]
-    return table(["method", "Sudoku, %", "minutes", "k forwards made, of", "adaptive: % (forwards a row)",
-                  "Countdown, %", "minutes"], rows) + "\n\n" + seeds_line(runs)
+def minutes(runs: list[dict]) -> str:
+    return f"{np.median([row['seconds'] for row in runs]) / 60:.1f}" if runs else ""
 
 
-def seeds_line(runs: dict[str, dict[str, list[dict]]]) -> str:
-    """How many seeds are behind the table."""
-    counts = {(task, method): len(found) for task, methods in runs.items()
+def main_table(
+    runs: dict[str, dict[str, list[list[dict]]]], known: dict[str, list[float]], when: dict[str, str]
+) -> str:
+    """The README's: every method on both tasks, {task: {method: runs of each base}}; what the bases know; and
+    which method to take when."""
+    everything = {task: flat(sum(methods.values(), [])) for task, methods in runs.items()}
+    rows = [["what the base shows", *(shows(everything[task]) for task in runs), "", ""],
+            ["what the base knows", *(percent(np.mean(known[task])) for task in runs), "", ""]]
+    for method in next(iter(runs.values())):
+        both = [runs[task][method] for task in runs]
+        solved = [interval(found, clusters(task)) for task, found in zip(runs, both, strict=True)]
+        rows.append([method, *solved, " / ".join(minutes(flat(found)) or "–" for found in both), when[method]])
+    head = ["method", "Sudoku, % solved", "Countdown, % solved", "minutes", "take it"]
+    return table(head, rows) + "\n\n" + seeds_line(runs)
+
+
+def seeds_line(runs: dict[str, dict[str, list[list[dict]]]]) -> str:
+    """How many bases and seeds are behind the table."""
+    counts = {(task, method): tuple(map(len, found)) for task, methods in runs.items()
               for method, found in methods.items() if found}
     if not counts:
         return "No runs yet."
+
+    def told(count: tuple[int, ...]) -> str:
+        return f"{len(count)} base{'s' * (len(count) > 1)}, {sum(count)} runs"
+
     usual, others = statistics.mode(counts.values()), {}
     for (task, method), count in counts.items():
         if count != usual:
-            others.setdefault(f"{count} on {task.capitalize()}", []).append(method)
-    told = [f"{where} of {', '.join(methods)}" for where, methods in others.items()]
-    return "; ".join([f"Seeds: {usual} each", *told]) + "."
+            others.setdefault(f"{told(count)} on {task.capitalize()}", []).append(method)
+    different = [f"{where} of {', '.join(methods)}" for where, methods in others.items()]
+    return "; ".join([f"Each cell: {told(usual)}", *different]) + "."
 
 
 def cost_of_half(cost: np.ndarray, share: np.ndarray) -> float | None:
@@ -111,64 +131,58 @@ def cost_of_half(cost: np.ndarray, share: np.ndarray) -> float | None:
     return float(np.interp(0.5, share[max(0, i - 1) : i + 1], cost[max(0, i - 1) : i + 1]))
 
 
-def budget_table(runs: dict[str, list[dict]], commands: dict[str, str], paper: dict[str, str]) -> str:
-    """Each seed; solved at the largest budget that every run spent; what half of the rows cost."""
+def budget_table(
+    runs: dict[str, list[list[dict]]], commands: dict[str, str], paper: dict[str, str], known: list[float]
+) -> str:
+    """Each run; solved at the largest budget that every run spent; what half of the rows cost."""
     runs = {method: found for method, found in runs.items() if found}
     if not runs:
         return "Not measured."
-    least = [min(row["curve"][-1][column] for found in runs.values() for row in found) for column in (2, 1)]
-    rows = [["the base", *base(next(iter(runs.values()))), "", "", "", "", paper["before"]]]
+    everything = flat(sum(runs.values(), []))
+    least = [min(row["curve"][-1][column] for row in everything) for column in (2, 1)]
+    rows = [["what the base shows", shows(everything), adaptive(everything, 0), *[""] * 5, paper["before"]],
+            ["what the base knows", ", ".join(map(percent, known)), *[""] * 7]]
     for method, found in runs.items():
-        row = [f"{method}: `{commands[method]}`", each_seed(found), adaptive(found)]
+        row = [f"{method}: `{commands[method]}`", each_seed(found), adaptive(flat(found)),
+               forwards(flat(found))]
         for column, budget in zip((2, 1), least, strict=True):
-            curves = [np.array(row["curve"])[:, (column, 3)].T for row in found]
+            curves = [np.array(line["curve"])[:, (column, 3)].T for line in flat(found)]
             share = np.mean([np.interp(budget, *curve) for curve in curves])
             costs = [cost_of_half(*curve) for curve in curves]
             scale = 1000 if column == 2 else 1
             row += [percent(share), "–" if None in costs else f"{np.mean(costs) / scale:.0f}"]
         rows.append([*row, paper.get(method, "–")])
-    return table(["method", "seeds 1, 2, ...: solved, %", "adaptive: % (forwards a row)",
-                  f"after {least[0] / 1000:.0f}k forwards", "k forwards to 50 %", f"after {least[1]:.0f} s",
-                  "seconds to 50 %", "paper"], rows)
+    return table(["method", "each run: solved, %; a semicolon between bases", "adaptive: % (forwards a row)",
+                  "k forwards run / counted by the papers", f"after {least[0] / 1000:.0f}k forwards",
+                  "k forwards to 50 %", f"after {least[1]:.0f} s", "seconds to 50 %", "paper"], rows)
 
 
-def ablation_table(runs: list[tuple[str, str, list[dict]]]) -> str:
+def ablation_table(runs: list[tuple[str, str, list[list[dict]]]]) -> str:
     """A row for each (method, change of its command, runs on Sudoku)."""
-    rows = []
-    for method, change, found in runs:
-        solved, _, forwards, decoded = cells(found, clusters("sudoku"))
-        name = f"`{change}`" if change else "default"
-        rows.append([method, name, solved, each_seed(found), decoded, forwards])
-    return table(["method", "change", "solved, %", "seeds 1, 2, 3", "adaptive: % (forwards a row)",
-                  "k forwards made, of"], rows)
+    rows = [[method, f"`{change}`" if change else "default", interval(found, clusters("sudoku")),
+             each_seed(found), adaptive(flat(found)), forwards(flat(found))]
+            for method, change, found in runs]
+    if not rows:
+        return "Not measured."
+    return table(["method", "change", "solved, %", "each run; a semicolon between bases",
+                  "adaptive: % (forwards a row)", "k forwards run / counted by the papers"], rows)
 
 
 def long_table(runs: list[dict]) -> str:
     """How far longer runs get, when they first come near it, and what is left to learn from at their end."""
+    if not runs:
+        return "Not measured."
     rows = []
     for row in runs:
         update, _, _, share = np.array(row["curve"]).T
         tenths = np.linspace(0, len(share) - 1, 11).round().astype(int)
-        flat = (share > share.max() - 0.02).argmax()
+        near = (share > share.max() - 0.02).argmax()
         rows.append([f"`{row['command']}`", ", ".join(map(percent, share[tenths])), percent(share.max()),
-                     f"{update[flat]:.0f}", f"{100 * row['equal_groups']:.0f} %, {row['entropy']:.3f}",
+                     f"{update[near]:.0f}", f"{100 * row['equal_groups']:.0f} %, {row['entropy']:.3f}",
                      adaptive([row]), f"{row['seconds'] / 60:.1f}"])
     return table(["run, Sudoku", "solved, %, before and after each tenth of it", "best",
                   "within 2 points of it from update", "at the end: equal groups, entropy, nats",
                   "adaptive: % (forwards a row)", "minutes"], rows)
-
-
-def earlier_table(runs: dict[str, dict], tasks: list[str]) -> str:
-    """What commands reached from earlier bases, seed by seed, on both tasks."""
-    rows, starts = {}, {}
-    for command, row in sorted(runs.items()):
-        if found := re.fullmatch(r"(.*) --task (\w+) --seed \d+", command):
-            line = rows.setdefault(found[1], {task: [] for task in tasks} | {"commit": row["commit"][:7]})
-            line[found[2]].append(percent(row["curve"][-1][3]))
-            starts[found[2]] = percent(row["curve"][0][3])
-    head = ["command", "at", *(f"{task.capitalize()}, from {starts.get(task, '?')} %" for task in tasks)]
-    return table(head, [[f"`{command}`", line["commit"], *(", ".join(line[task]) for task in tasks)]
-                        for command, line in rows.items()])
 
 
 def tuning_table(lines: list[dict]) -> str:
