@@ -159,12 +159,9 @@ def setup(args) -> tuple[Denoiser, Task]:
 
     name = args.model
     if name == "tiny":
-        from pretrain import TINY, base_folder, base_path
+        from pretrain import kept_base
 
-        settings = TINY[args.task].settings
-        while int(os.environ.get("LOCAL_RANK", 0)) and not base_path(settings).is_dir():
-            time.sleep(1)  # the first process of a machine builds it, before any waits in a collective
-        name = str(base_folder(settings))
+        name = str(kept_base(args.task))
     device = parallel.start()
     arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "fp32 (no CUDA GPU found)"
     others = f", rank 0 of {parallel.world()}" if "WORLD_SIZE" in os.environ else ""
