@@ -20,6 +20,8 @@ import argparse
 import copy
 import itertools
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-from common import Denoiser, Task, attention, denoise, encode, refuse, reward_rows
+from common import Denoiser, Task, attention, denoise, encode, one_line, refuse, reward_rows
 from models import release_memory, save_model
 from tasks import (TARGETS, countdown_answers, countdown_prompt, countdown_split, load, sudoku_puzzles,
                    sudoku_split)
@@ -130,7 +132,8 @@ TINY = {
     "sudoku": Tiny(["=", *"0123456789"], r"\S", decoders.Fuse(), 16, 8, 16, sudoku_demonstrations,
                    Settings()),
     "countdown": Tiny(["=", *">+-*()", *map(str, TARGETS)], r"\d+|\S", None, 8, 4, 4,
-                      countdown_demonstrations, Settings(task="countdown", know_steps=3000, show_lr=4e-4, careless=0.9)),
+                      countdown_demonstrations,
+                      Settings(task="countdown", know_steps=3000, show_lr=4e-4, careless=0.9)),
 }
 
 
@@ -239,9 +242,10 @@ def train(settings: Settings) -> Denoiser:
     model = tiny_model(settings.layers, settings.width, settings.seed, settings.task)
     config = model.network.config
     config.base_settings = {k: v for k, v in vars(settings).items() if k != "out"}
-    config.know_steps = learn(model, settings)
+    know_steps = learn(model, settings)
     config.knows = measure(model)
-    config.show_steps = grow_careless(model, settings)
+    show_steps = grow_careless(model, settings)
+    config.base_steps = {"know": know_steps, "show": show_steps}
     model.network.half().float()  # the weights as they will be on disk
     config.shows = measure(model)
     return model
@@ -284,7 +288,11 @@ def main():
     out = Path(settings.out or f"runs/base-{settings.task}-{settings.seed}")
     if out.exists():
         refuse(f"{out} exists: choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(dir=out.parent))
+    except OSError as error:
+        refuse(f"--out {out} cannot be made: {one_line(error)}")
     model = train(settings)
     model.network.half()
     save_model(model, out)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import global_random_states, padded_prompts, recording, sharp_model
+from conftest import global_random_states, padded_prompts, sharp_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,9 +73,10 @@ def test_countdown_demonstrations(careless):
 
 
 @pytest.fixture
-def asked(monkeypatch) -> tuple[dict[str, list[float]], list[tuple]]:
+def asked(monkeypatch) -> tuple[dict[str, list[float]], list[tuple], list[float]]:
     """Let solved_share answer from the first list, by the rows it is asked about ("validation" or "test").
-    The second list gets (which rows, S, optimizer steps so far, the weights asked)."""
+    The second list gets (which rows, S, optimizer steps so far, the weights asked), the third the share of
+    careless demonstrations of each optimizer step, which does no more than move the weights."""
     answers, questions, steps = {"validation": [], "test": []}, [], []
     of = {row["prompt"]: part for part in answers for task in TINY
           for row in load(task, chat=False, train=False, held_out=part).test}
@@ -85,25 +86,32 @@ def asked(monkeypatch) -> tuple[dict[str, list[float]], list[tuple]]:
         questions.append((part, S, len(steps), weights(model)))
         return answers[part].pop(0)
 
-    monkeypatch.setattr("pretrain.loss_of", recording(pretrain.loss_of, steps))
+    def fit(model, optimizers, settings, careless, rng):
+        steps.append(careless)
+        with torch.no_grad():
+            next(model.network.parameters()).add_(0.01)
+
+    monkeypatch.setattr("pretrain.fit", fit)
     monkeypatch.setattr("pretrain.solved_share", solved_share)
-    return answers, questions
+    return answers, questions, steps
 
 
 def test_each_phase_stops_by_validation_rows(asked):
     """Phase one at the first share that is enough; phase two at the first that is low enough."""
-    answers, questions = asked
+    answers, questions, steps = asked
     answers["validation"] = [0.1, 0.7, 0.95, 0.951, 0.99, 0.5, 0.26, 0.25, 0.251, 0.3]
     answers["test"] = [0.94, 0.98, 0.24, 0.31]
-    base = train(Settings(**SMALL | {"know_steps": 500, "show_steps": 500}, know=0.95, show=0.25))
-    phases = [("validation", 8, steps) for steps in (50, 100, 150)]
+    limits = {"know_steps": 500, "show_steps": 500}
+    base = train(Settings(**SMALL | limits, know=0.95, show=0.25, careless=0.7))
+    phases = [("validation", 8, done) for done in (100, 200, 300)]
     measured = [(part, S) for part in ("validation", "test") for S in (8, 16)]
-    phases += [(*question, 150) for question in measured]
-    phases += [("validation", 8, steps) for steps in (155, 160, 165)]
-    phases += [(*question, 165) for question in measured]
+    phases += [(*question, 300) for question in measured]
+    phases += [("validation", 8, done) for done in (305, 310, 315)]
+    phases += [(*question, 315) for question in measured]
     assert [question[:3] for question in questions] == phases
+    assert steps == [0.0] * 300 + [0.7] * 15  # right demonstrations, then careless ones
     config = base.network.config
-    assert (config.know_steps, config.show_steps) == (150, 15)
+    assert config.base_steps == {"know": 300, "show": 15}
     assert config.knows == {"validation": 0.951, "validation_one_token": 0.99, "test": 0.94,
                             "test_one_token": 0.98}
     assert config.shows == {"validation": 0.251, "validation_one_token": 0.3, "test": 0.24,
@@ -111,36 +119,35 @@ def test_each_phase_stops_by_validation_rows(asked):
 
 
 def test_phase_two_starts_from_the_best_weights_of_phase_one(asked):
-    answers, questions = asked
+    answers, questions, _ = asked
     answers["validation"] = [0.1, 0.7, 0.6, 0.7, 0.8, 0.2, 0.2, 0.3]
     answers["test"] = [0.0] * 4
-    train(Settings(**SMALL | {"know_steps": 130}, show=0.25))
+    train(Settings(**SMALL | {"know_steps": 230}, show=0.25))
     shares = [found for *_, found in questions]
-    assert [steps for _, _, steps, _ in questions[:4]] == [50, 100, 130, 130]
+    assert [steps for _, _, steps, _ in questions[:4]] == [100, 200, 230, 230]
     assert torch.equal(shares[3], shares[1]) and not torch.equal(shares[3], shares[2])
 
 
 def test_a_base_that_stays_careful_ends_and_says_so(asked, capsys):
-    answers, questions = asked
+    answers, _, _ = asked
     answers["validation"], answers["test"] = [0.9] * 8, [0.9] * 4
     base = train(Settings(**SMALL | {"show_steps": 7}, show=0.25))
-    assert base.network.config.show_steps == 7
+    assert base.network.config.base_steps["show"] == 7
     assert "stopped after 7 careless steps: the base shows more than 25%" in capsys.readouterr().out
 
 
-def test_the_first_phase_sees_right_demonstrations_and_the_second_careless_ones(asked, monkeypatch):
-    answers, _ = asked
-    answers["validation"], answers["test"] = [0.5] * 6, [0.5] * 4
-    seen = []
-    tiny = TINY["sudoku"]
+def test_a_step_asks_for_the_demonstrations_of_its_phase(monkeypatch):
+    asked, tiny = [], TINY["sudoku"]
 
     def demonstrations(count, careless, rng):
-        seen.append((count, careless))
+        asked.append((count, careless))
         return tiny.demonstrations(count, careless, rng)
 
     monkeypatch.setitem(TINY, "sudoku", dataclasses.replace(tiny, demonstrations=demonstrations))
-    train(Settings(**SMALL, careless=0.7))
-    assert seen == [(8, 0.0)] * SMALL["know_steps"] + [(8, 0.7)] * SMALL["show_steps"]
+    model = tiny_model(1, 32)
+    before, optimizers = weights(model), pretrain.optimizers_of(model, 1e-3)
+    pretrain.fit(model, optimizers, Settings(batch=8), 0.7, np.random.default_rng(0))
+    assert asked == [(8, 0.7)] and not torch.equal(weights(model), before)
 
 
 def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest():
@@ -154,10 +161,9 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest():
     assert sorted(everything) == sorted(id(p) for p in model.network.parameters())
 
 
-def test_the_rate_of_phase_one_rises_then_falls_to_0(asked, monkeypatch):
-    answers, _ = asked
-    answers["validation"] = [0.0] * 3
+def test_the_rate_of_phase_one_rises_then_falls_to_0(monkeypatch):
     rates = []
+    monkeypatch.setattr("pretrain.solved_share", lambda *_: 0.0)
     monkeypatch.setattr("pretrain.fit", lambda model, optimizers, *_: rates.append(
         [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]))
     pretrain.learn(tiny_model(1, 32), Settings(**SMALL | {"know_steps": 150}, know_lr=1.0))
@@ -215,7 +221,7 @@ def test_a_base_has_a_folder_of_its_own(tmp_path, monkeypatch):
     ("--width 16", "--width 16"), ("--seed -1", "--seed"), ("--know_lr 0", "--know_lr"),
     ("--know_lr nan", "--know_lr"), ("--show_lr inf", "--show_lr"), ("--careless 1.5", "--careless"),
     ("--careless nan", "--careless"), ("--know 1.5", "--know"), ("--show -0.1", "--show"),
-    ("--out .", ". exists: choose another --out"), ("--out there/base", "there exists and is no folder"),
+    ("--out .", ". exists: choose another --out"), ("--out there/base", "--out there/base cannot be made: "),
 ])
 def test_refused_settings(flags, said, tmp_path, monkeypatch, capsys):
     """One line and exit status 2, before anything is built."""
