@@ -133,7 +133,7 @@ TINY = {
                    Settings()),
     "countdown": Tiny(["=", *">+-*()", *map(str, TARGETS)], r"\d+|\S", None, 8, 4, 4,
                       countdown_demonstrations,
-                      Settings(task="countdown", know_steps=3000, show_lr=4e-4, careless=0.9)),
+                      Settings(task="countdown", know_steps=3000, show=0.2, show_lr=4e-4, careless=0.9)),
 }
 
 
