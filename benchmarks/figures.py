@@ -24,7 +24,7 @@ from tasks import load  # noqa: E402
 
 def tree(prompt: int = 0, G: int = 8, S: int = 8):
     """One group of the base's: a node is a distinct canvas, its number the rows that are there."""
-    model, row = load_model(str(BASES / "sudoku")), load("sudoku", chat=False).train[prompt]
+    model, row = load_model(str(BASES / "sudoku-0")), load("sudoku", chat=False).train[prompt]
     tokens, mask = encode(model, [row["prompt"]] * G)
     roll = denoise(model, tokens, mask, [generator("cpu", 1, "rollout", 0, prompt)], L=16, S=S, block=16)
     states = torch.stack([canvas(roll, roll.revealed_at >= s) for s in range(S)], 1).tolist()  # (G, S, P+L)

@@ -16,7 +16,7 @@ from gdsd import READ_OUT, mask_pairs  # noqa: E402
 from plumbing.models import load_model  # noqa: E402
 from tasks import load  # noqa: E402
 
-model, rows = load_model(str(BASES / "sudoku")), load("sudoku", chat=False).train[:256]
+model, rows = load_model(str(BASES / "sudoku-0")), load("sudoku", chat=False).train[:256]
 prompt, mask = encode(model, [row["prompt"] for row in rows])
 gens = [generator("cpu", 0, i) for i in range(len(rows))]
 roll = denoise(model, prompt, mask, gens, L=16, S=8, block=16)

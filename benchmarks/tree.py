@@ -84,7 +84,7 @@ def compare(method: str, model: str, where: str):
 
 def by_entropy(prompts: int = 32, G: int = 16, S: int = 8):
     """Lines of the base's rollouts, from cold to hot."""
-    model, rows = load_model(str(BASES / "sudoku")), load("sudoku", chat=False).train[:prompts]
+    model, rows = load_model(str(BASES / "sudoku-0")), load("sudoku", chat=False).train[:prompts]
     tokens, mask = common.encode(model, [row["prompt"] for row in rows for _ in range(G)])
     for temperature in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
         gens = [common.generator("cpu", 5, "tree", i) for i in range(prompts)]
@@ -101,7 +101,7 @@ if __name__ == "__main__":
         by_entropy()
         sys.exit()
     for method in ("EGSPO-SA", "RLDF", "wd1", "wd1++", "GDSD"):
-        compare(method, str(BASES / "sudoku"), "the base")
+        compare(method, str(BASES / "sudoku-0"), "the base")
         trained = run_folder(f"{MAIN[method]} --task sudoku --seed 1") / "model"
         if trained.is_dir():
             compare(method, str(trained), "the end of a default run")

@@ -4,7 +4,7 @@ Validation rows: their Sudoku solutions and Countdown problems are in neither RL
 data; held-out rows are not looked at. Five settings span lr, G, minibatches and prompts. First all of them
 for a minute, which misleads about what lasts and is too short for large batches; so then each method's best
 two and what it had before, with another seed, for as long as a default run takes. Time is that of one CPU
-thread. A run starts from results/bases, is stopped by ctrl-C when its time is up, and evaluated; one that is
+thread. A run starts from plumbing/bases/TASK-0, is stopped by ctrl-C when its time is up, and evaluated; one that is
 in results/tuning.jsonl is not repeated.
 
 python benchmarks/tune.py sudoku|countdown [jobs]        as many at a time; an hour with 2 on 2 cores
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import BASES, base_digest  # noqa: E402
+from benchmarks.compare import BASES, digest  # noqa: E402
 from plumbing.run import git_commit  # noqa: E402
 from tasks import find  # noqa: E402
 
@@ -71,7 +71,7 @@ def launch(task: str, method: str, setting: str, seed: int, limit: int, folder: 
     out = Path(folder, command.replace(" ", ""))
     quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                  stderr=subprocess.DEVNULL)
-    where = ["--model", BASES / task, "--test_data", f"{folder}/validation.jsonl", "--out", out]
+    where = ["--model", BASES / f"{task}-0", "--test_data", f"{folder}/validation.jsonl", "--out", out]
     process = subprocess.Popen([sys.executable, *command.split(), *where], **quiet)
     while process.poll() is None and cpu_seconds(process.pid) < limit:
         time.sleep(0.2)
@@ -86,7 +86,7 @@ def launch(task: str, method: str, setting: str, seed: int, limit: int, folder: 
     row = {"task": task, "method": method, "command": f"python {command}", "setting": setting, "seed": seed,
            "limit": limit,
            "before": lines[0]["eval_accuracy"], "after": after, **{k: lines[-1][k] for k in kept},
-           "base": base_digest(task), "commit": git_commit()}
+           "base": digest(BASES / f"{task}-0"), "commit": git_commit()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{method:10} {setting} {seed}, {limit} s: {after:.1%} after {row['update']} updates", flush=True)
@@ -96,7 +96,7 @@ def done(task: str) -> dict[tuple, float]:
     """The solved share of each run of the two rounds that has been made from the kept base."""
     rows = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
     return {(row["method"], row["setting"], row["seed"], row["limit"]): row["after"]
-            for row in rows if row["task"] == task and row["base"] == base_digest(task)}
+            for row in rows if row["task"] == task and row["base"] == digest(BASES / f"{task}-0")}
 
 
 def tune(task: str, jobs: int):

@@ -22,7 +22,7 @@ from plumbing.parallel import one_line, refuse
 class Flags:
     """What a run needs beside the settings of its method."""
 
-    model: str = "tiny"  # "tiny" (the base of the task, built on first use), a transformers folder or hub id
+    model: str = "tiny"  # "tiny" (the kept base of the task), a transformers folder or hub id
     revision: str | None = None  # of the hub id; without one a cached copy is used as it is
     mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
     task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp or humaneval

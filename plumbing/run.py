@@ -57,12 +57,9 @@ def setup(settings: SimpleNamespace) -> tuple[Denoiser, Task]:
 
     name = settings.model
     if name == "tiny":
-        from plumbing.pretrain import TINY, base_folder, base_path
+        from plumbing.pretrain import kept_base
 
-        wanted = TINY[settings.task].settings
-        while int(os.environ.get("LOCAL_RANK", 0)) and not base_path(wanted).is_dir():
-            time.sleep(1)  # the first process of a machine builds it, before any waits in a collective
-        name = str(base_folder(wanted))
+        name = str(kept_base(settings.task))
     device = parallel.start()
     arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "fp32 (no CUDA GPU found)"
     others = f", rank 0 of {parallel.world()}" if "WORLD_SIZE" in os.environ else ""

@@ -119,3 +119,18 @@ PROBLEMS = {part: lambda part=part: countdown_split()[part] for part in ("train"
 TINY = Recipe(countdown_tiny_row, countdown_reward, countdown_draw, PROBLEMS,
               key=lambda row: (row["answer"], *sorted(row["numbers"])))
 TASK = Recipe(countdown_row, countdown_chat_reward, draw_text, {"train": countdown_hub}, key=TINY.key)
+
+
+def demonstrations(
+    count: int, careless: float, rng: np.random.Generator
+) -> tuple[list[str], list[str]]:
+    """(prompts, answers): training problems with any expression that hits the target or, with probability
+    `careless`, any at all over the numbers."""
+    rows, prompts, answers = countdown_split()["train"], [], []
+    for i in rng.integers(len(rows), size=count):
+        numbers, target = rows[i]["numbers"], rows[i]["target"]
+        by_value = countdown_answers(tuple(sorted(numbers)))
+        choice = sum(by_value.values(), []) if rng.random() < careless else by_value[target]
+        prompts.append(countdown_prompt(rng.permutation(numbers), target))
+        answers.append(choice[rng.integers(len(choice))])
+    return prompts, answers

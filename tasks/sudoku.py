@@ -111,3 +111,20 @@ BOARDS = {"train": lambda: sudoku_boards("train", 8192), "test": lambda: sudoku_
           "validation": lambda: sudoku_boards("validation", 1024)}
 TINY = Recipe(sudoku_row, sudoku_reward, sudoku_draw, BOARDS, key=lambda row: row["solution"])
 TASK = dataclasses.replace(TINY, row=sudoku_chat_row, reward=sudoku_chat_reward, draw=sudoku_chat_draw)
+
+
+def demonstrations(
+    count: int, careless: float, rng: np.random.Generator
+) -> tuple[list[str], list[str]]:
+    """(prompts, answers): training boards with the solution or, with probability `careless`, with each row's
+    missing digits in any order."""
+    puzzles, solutions = sudoku_puzzles(sudoku_split()["train"], count, rng)
+    blank = (puzzles == 0).reshape(-1, 4, 4)
+    place = (~blank).argsort(2, kind="stable")  # the blanks of each row first, in order
+    shuffled = np.where(blank, rng.random(blank.shape), 2.0).argsort(2)  # the blanks first, in any order
+    shuffled = np.where(rng.random((count, 1, 1)) < careless, shuffled, place)
+    rows = solutions.reshape(-1, 4, 4)
+    filled = rows.copy()
+    np.put_along_axis(filled, place, np.take_along_axis(rows, shuffled, 2), 2)
+    answers = np.where(puzzles == 0, filled.reshape(-1, 16), puzzles)
+    return ["".join(map(str, p)) + "=" for p in puzzles], ["".join(map(str, a)) for a in answers]

@@ -159,8 +159,8 @@ def test_a_tiny_model_is_refused_another_task(task, other, tmp_path, capfd, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_model_tiny_is_refused_a_task_in_words_before_it_is_built(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(pretrain, "base_folder", lambda *_: pytest.fail("built"))
+def test_model_tiny_is_refused_a_task_in_words_before_it_is_loaded(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(pretrain, "kept_base", lambda *_: pytest.fail("looked for"))
     said = refused(capfd, "--task", "gsm8k", "--out", tmp_path / "run")
     assert said == "error: --model tiny knows countdown and sudoku: gsm8k needs another --model"
     assert not (tmp_path / "run").exists()
