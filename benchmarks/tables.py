@@ -100,7 +100,8 @@ def main_table(
     for method in next(iter(runs.values())):
         both = [runs[task][method] for task in runs]
         solved = [interval(found, clusters(task)) for task, found in zip(runs, both, strict=True)]
-        rows.append([method, *solved, " / ".join(minutes(flat(found)) or "–" for found in both), when[method]])
+        took = " / ".join(minutes(flat(found)) or "–" for found in both)
+        rows.append([method, *solved, took, when[method]])
     head = ["method", "Sudoku, % solved", "Countdown, % solved", "minutes", "take it"]
     return table(head, rows) + "\n\n" + seeds_line(runs)
 

@@ -4,8 +4,8 @@ Validation rows: their Sudoku solutions and Countdown problems are in neither RL
 data; held-out rows are not looked at. Five settings span lr, G, minibatches and prompts. First all of them
 for a minute, which misleads about what lasts and is too short for large batches; so then each method's best
 two and what it had before, with another seed, for as long as a default run takes. Time is that of one CPU
-thread. A run starts from plumbing/bases/TASK-0, is stopped by ctrl-C when its time is up, and evaluated; one that is
-in results/tuning.jsonl is not repeated.
+thread. A run starts from plumbing/bases/TASK-0, is stopped by ctrl-C when its time is up, and evaluated; one
+that is in results/tuning.jsonl is not repeated.
 
 python benchmarks/tune.py sudoku|countdown [jobs]        as many at a time; an hour with 2 on 2 cores
 """

@@ -5,12 +5,9 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 
 from benchmarks import compare, tables
-from plumbing.models import load_model
-from plumbing.pretrain import TINY
 
 STUB = """
 import json, sys
@@ -33,6 +30,9 @@ lines = [dict(update=u, eval_accuracy=a, threshold_accuracy=a, threshold_nfe_per
 """
 
 
+SECOND = "egspo.py --lam 0 --task sudoku --model plumbing/bases/sudoku-0 --seed 2"
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A project of one method, which writes what a run writes."""
@@ -48,13 +48,13 @@ def starts(folder) -> list[list[str]]:
 
 
 def test_a_run_is_made_once_and_a_stopped_one_goes_on(folder, capsys):
-    args = compare.Args(study="main", task="sudoku", seeds=3, jobs=2)
+    args = compare.Args(study="main", task="sudoku", bases=1, seeds=3, jobs=2)
     (folder / "runs" / "compare").mkdir(parents=True)
     (folder / "runs" / "compare" / "fail").touch()
     with pytest.raises(SystemExit) as stopped:
         compare.make(args)
     assert stopped.value.code == 1 and len(compare.finished()) == 2  # the others were made
-    assert "egspo.py --lam 0 --task sudoku --seed 2: exit status 130" in capsys.readouterr().out
+    assert f"{SECOND}: exit status 130" in capsys.readouterr().out
     (folder / "runs" / "compare" / "fail").unlink()
     for _ in range(2):
         with pytest.raises(SystemExit) as stopped:
@@ -64,13 +64,21 @@ def test_a_run_is_made_once_and_a_stopped_one_goes_on(folder, capsys):
     assert list(rows) and set(rows) == set(compare.commands(args)) and len(rows) == 3
     first, second, third = starts(folder)
     assert len(first) == len(third) == 1 and len(second) == 2 and second[1].startswith("--resume ")
-    assert all(f"--model {compare.BASES / 'sudoku'} " in start[0] for start in (first, second, third))
-    compare.RUNS.write_text(compare.RUNS.read_text().replace(compare.base_digest("sudoku"), "another"))
-    assert compare.finished() == {} and compare.finished(kept=False) == {
-        command: row | {"base": "another"} for command, row in rows.items()}
-    row = rows["egspo.py --lam 0 --task sudoku --seed 1"]
+    assert all("--model plumbing/bases/sudoku-0 " in start[0] for start in (first, third))
+    base = compare.digest(compare.BASES / "sudoku-0")
+    assert all(row["base"] == base for row in rows.values())
+    row = rows[SECOND.replace("--seed 2", "--seed 1")]
     assert row["curve"] == [[0, 0, 0, 0.25], [5, 2.0, 40, 0.5]] and row["adaptive"] == [[0.25, 4], [0.5, 4]]
     assert np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8)).tolist() == [1, 0] * 8
+    compare.RUNS.write_text(compare.RUNS.read_text().replace(base, "another"))
+    assert compare.finished() == {}  # runs from weights that are not kept any more
+
+
+def test_a_study_makes_one_of_everything_before_the_next_of_anything():
+    found = compare.commands(compare.Args(study="main", task="sudoku"))
+    starts = [re.search(r"sudoku-(\d) --seed (\d)", command).groups() for command in found]
+    turns = [("0", "1"), ("1", "1"), ("2", "1"), ("0", "2"), ("1", "2"), ("2", "2")]  # base, seed
+    assert starts == [turn for turn in turns for _ in compare.MAIN]
 
 
 def test_every_command_is_of_a_script_with_these_flags():
@@ -83,29 +91,22 @@ def test_every_command_is_of_a_script_with_these_flags():
             assert re.search(rf"^    {flag[2:]}: ", args, re.MULTILINE), command
 
 
-def test_the_kept_bases_are_those_that_were_measured():
-    lines = map(json.loads, (ROOT / "results" / "bases.jsonl").read_text().splitlines())
-    kept = {line["task"]: line["kept"] for line in lines if "kept" in line}
-    assert kept == {task: compare.base_digest(task) for task in TINY}
-    for task, tiny in TINY.items():
-        model = load_model(str(compare.BASES / task))
-        assert model.network.config.tiny_task == task and model.V == len(tiny.tokens) + 3
-        assert {p.dtype for p in model.network.parameters()} == {torch.float32}
-
-
 def test_interval_against_a_slow_one():
-    """Three runs of 40 rows in 8 clusters; the bootstrap by loops, over other draws."""
+    """Two bases of three runs, of 40 rows in 8 clusters; the bootstrap by loops, over other draws."""
     rng, cluster = np.random.default_rng(5), np.repeat(np.arange(8), [1, 9, 5, 5, 5, 5, 5, 5])
-    right = (rng.random((3, 8))[:, cluster] > 0.5).astype(int)  # a cluster is solved whole, or not
-    runs = [{"correct": np.packbits(row).tobytes().hex()} for row in right]
+    right = (rng.random((2, 3, 8))[:, :, cluster] > [[[0.3]], [[0.7]]]).astype(int)  # a cluster goes together
+    runs = [[{"correct": np.packbits(row).tobytes().hex()} for row in of_base] for of_base in right]
     value, low, high = map(float, re.findall(r"[\d.]+", tables.interval(runs, cluster)))
-    means = []
+    means, one_bag = [], []
     for _ in range(4000):
         chosen = [row for cluster_ in rng.integers(8, size=8) for row in np.flatnonzero(cluster == cluster_)]
-        means.append(np.mean([right[seed][chosen].mean() for seed in rng.integers(3, size=3)]))
+        means.append(np.mean([np.mean([right[base][seed][chosen].mean() for seed in rng.integers(3, size=3)])
+                              for base in rng.integers(2, size=2)]))
+        one_bag.append(np.mean([right.reshape(6, 40)[run][chosen].mean() for run in rng.integers(6, size=6)]))
     assert abs(value - 100 * right.mean()) < 0.06
     assert np.abs(np.quantile(means, (0.025, 0.975)) * 100 - [low, high]).max() < 2.5
-    alone = [np.mean(right[rng.integers(3), rng.integers(40, size=40)]) for _ in range(4000)]
+    assert np.abs(np.quantile(one_bag, (0.025, 0.975)) * 100 - [low, high]).max() > 4  # bases not resampled
+    alone = [np.mean(right[rng.integers(2), rng.integers(3), rng.integers(40, size=40)]) for _ in range(4000)]
     assert np.abs(np.quantile(alone, (0.025, 0.975)) * 100 - [low, high]).max() > 5  # rows as if independent
 
 
@@ -133,6 +134,6 @@ def test_the_readmes_hold_what_the_runs_say():
     names = [name for file in ("README.md", "results/README.md")
              for name in re.findall(r"^<!-- ([\w ]+) -->\n", (ROOT / file).read_text(), re.MULTILINE)]
     assert set(names) - {"end"} == set(made)
-    broken = (ROOT / "README.md").read_text().replace("| the base |", "| the bass |", 1)
+    broken = (ROOT / "README.md").read_text().replace("what the base shows", "what the bass shows", 1)
     assert tables.fill(broken, made) != broken
     assert json.dumps(made)  # text alone
