@@ -71,6 +71,7 @@ class Denoiser:
     pad_id: int
     end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
     shift: bool  # True (Dream): the prediction for position i sits at position i - 1
+    excluded: tuple[int, ...] = ()  # ids that are no token of the tokenizer: never predicted, like the mask
     forwards: Counter = dataclasses.field(default_factory=Counter)  # "rows" so far, of frozen copies too
     twin: torch.nn.Module | None = None  # of a sharded network, in the same shards, where one will be needed
 
@@ -107,14 +108,14 @@ class Denoiser:
         return torch.cat([h[:, :1], h[:, :-1]], 1) if self.shift else h
 
     def head(self, h: Tensor) -> Tensor:
-        """Hidden states (..., d) to logits (..., V) in at least fp32, the mask token excluded (-inf).
+        """Hidden states (..., d) to logits (..., V) in at least fp32; -inf at the mask token and `excluded`.
 
         No bf16 here: it would round log p by up to 0.05 nats, and the head runs at few positions."""
         net = self.network
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         z = net.lm_head(h) if hasattr(net, "lm_head") else net.decoder(net.head(h))  # else: ModernBERT
-        z[..., self.mask_id] = -math.inf
-        return z
+        never = torch.tensor((self.mask_id, *self.excluded), device=z.device)
+        return z.index_fill_(-1, never, -math.inf)
 
 
 # -------------------------------------------------------------------------------------------------- 3 sampler

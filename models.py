@@ -198,6 +198,7 @@ def load_model(
             where, config=config, key_mapping=LLADA_NAMES if kind == "llada" else None, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True, **hub)
         check_weights(name, network, report, locate(name, revision))
+        model.excluded = tuple(sorted(set(range(config.vocab_size)) - set(tokenizer.get_vocab().values())))
         model.network = network.eval().to(device)
         if not is_bidirectional(model):
             refuse(f"{name} is causal: a masked position does not see the tokens after it")
@@ -243,7 +244,8 @@ def is_bidirectional(model: Denoiser) -> bool:
     x = torch.full((2, 8), model.mask_id, device=model.device)
     x[1, 2:6] = model.eos_id
     z = model.head(model.body(x, None)[:, [1, -1]])  # made at positions 0 and 6 of a shifted network
-    if not z[..., torch.arange(model.V) != model.mask_id].isfinite().all():
+    never = torch.tensor((model.mask_id, *model.excluded))
+    if not z[..., ~torch.isin(torch.arange(model.V), never)].isfinite().all():
         raise ValueError("its predictions are NaN or inf")
     if torch.equal(*z[:, 1]):
         raise ValueError("its predictions are the same whatever the other tokens: is a matrix all zero?")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import common
+import gdsd
 import models
 from models import load_model
 
@@ -84,10 +85,13 @@ def expected(layout, written, x=X, pad_mask=None):
 
 
 def assert_same(z, want, model, tolerance=1e-4):
-    """Logits (B, T, V) equal, except for the mask token, which has -inf, and a shifted model's position 0."""
+    """Logits (B, T, V) equal, except for the mask token and ids that are no tokens, which have -inf, and a
+    shifted model's position 0."""
     start = int(model.shift)
-    assert (z[..., model.mask_id] == -torch.inf).all()
-    keep = torch.arange(z.shape[-1]) != model.mask_id
+    tokens = torch.tensor(list(model.tokenizer.get_vocab().values()))
+    ids = torch.arange(z.shape[-1])
+    keep = torch.isin(ids, tokens) & (ids != model.mask_id)
+    assert (z[..., ~keep] == -torch.inf).all()
     assert z[..., keep].isfinite().all()
     z, want = (t[:, start:, keep].double() for t in (z, want))
     torch.testing.assert_close(z, want, rtol=tolerance, atol=tolerance)
@@ -282,6 +286,43 @@ def test_no_mask_token_anywhere(layout, tmp_path, capfd):
     """The token for unknown words is not the mask: [UNK], or Qwen2Tokenizer's default, <|endoftext|>."""
     write(layout, tmp_path, **NO_MASKS[layout])
     assert "--mask_id" in refused(capfd, tmp_path)
+
+
+def test_only_tokens_of_the_tokenizer_are_sampled(case):
+    """The network has more rows than the tokenizer has tokens, the random weights prefer no id to another."""
+    for model in (case.model, case.twice):
+        tokens = set(model.tokenizer.get_vocab().values())
+        assert set(model.excluded) == set(range(model.V)) - tokens and model.excluded
+        prompt = X[:1].expand(8, -1)
+        roll = common.denoise(
+            model, prompt, prompt >= 0, [common.generator("cpu", 0)], L=64, S=64, block=64, guess=True)
+        for found in (roll.completion, roll.guess):
+            assert set(found.unique().tolist()) <= tokens - {model.mask_id}
+        assert roll.logp.isfinite().all() and roll.entropy.isfinite().all()
+
+
+def test_a_hole_in_the_vocabulary_is_not_sampled(tmp_path):
+    """Ids that are no token may also lie between two tokens."""
+    write("a2d-llama", tmp_path)
+    file = tmp_path / "tokenizer.json"
+    kept = json.loads(file.read_text())
+    kept["model"]["vocab"]["ĊĊ"], hole = 280, kept["model"]["vocab"]["ĊĊ"]
+    file.write_text(json.dumps(kept))
+    model = load_model(str(tmp_path))
+    assert hole in model.excluded and 280 not in model.excluded and 281 in model.excluded
+    assert_same(logits(model), logits(model).nan_to_num(neginf=0), model)
+
+
+def test_gradients_beside_excluded_ids_are_finite(case):
+    """Through log_prob and GDSD's centred logit; what is excluded gets none."""
+    model = case.model
+    z = model.head(model.body(X, None)).flatten(0, 1)
+    z.retain_grad()
+    at, token = torch.arange(len(z)), X.flatten()
+    (common.log_prob(z, at, token) + gdsd.centred_logit(z, at, token)).sum().backward()
+    model.network.zero_grad()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+    assert not z.grad[:, [model.mask_id, *model.excluded]].any()
 
 
 def test_end_of_an_answer_as_a_single_token(tmp_path):
