@@ -441,10 +441,11 @@ def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
 def reward_rows(
     model: Denoiser, task: Task, tokens: Tensor, rows: list[dict]
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`."""
-    valid = until_eos(tokens, model.end_ids).tolist()
-    ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
-    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`.
+
+    Of the special tokens only the one that ends an answer is left out of its text: `1<|x|>8` is not 18."""
+    ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row)) for row in tokens.tolist()]
+    texts = model.tokenizer.batch_decode(ids)
     mine = [(texts[i], rows[i]) for i in parallel.share(len(rows))]
     if task.parallel:  # the reward waits for other processes
         with ThreadPoolExecutor(max(1, 4 * os.cpu_count() // parallel.on_this_machine())) as pool:

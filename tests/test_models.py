@@ -420,6 +420,18 @@ def test_special_tokens_are_not_part_of_an_answer(case):
         assert model.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+def test_a_special_token_stays_in_the_text_of_an_answer(case):
+    """All but the end: left out, it would join what stands before and behind it."""
+    task = SimpleNamespace(reward=lambda text, row: (0.0, {}), parallel=False)
+    for model in (case.model, case.again):
+        one, eight = model.tokenizer("18", add_special_tokens=False)["input_ids"]
+        others = set(case.written["ids"].values()) - {*model.end_ids, model.mask_id}
+        rows = torch.tensor([[one, other, eight, end, one] for other in others for end in model.end_ids])
+        texts = common.reward_rows(model, task, rows, [{}] * len(rows))[2]
+        tokens = [model.tokenizer.convert_ids_to_tokens(other) for other in others for _ in model.end_ids]
+        assert texts == [f"1{token}8" for token in tokens]
+
+
 # ------------------------------------------------------------------------------------- gradient checkpointing
 
 DROPOUT = {"llada": ["attention", "residual", "embedding"], "modernbert": ["attention", "mlp", "embedding"]}
