@@ -18,13 +18,19 @@ ignored without a word, so load_model looks whether the last token moves the fir
 
 import ctypes
 import json
+import math
 import os
 import platform
+import random
 import re
+import resource
 import shutil
+import signal
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from huggingface_hub import snapshot_download
@@ -34,6 +40,7 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM, Moder
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config,
                           Qwen3ForCausalLM)
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import chat_template_utils, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 import parallel
@@ -78,6 +85,7 @@ LLADA_FIXED = {  # in every release; another value would change the network but 
     "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
 }
 
+LAYERS = 1000  # some 8 times as many as the largest models have; of more, even the count would take long
 MASKS = ("<|mask|>", "<|mdm_mask|>")
 ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "[/Answer]")  # any of them ends an answer
 # dllm's, and set in code there. (A template loses one newline at its end.)
@@ -105,6 +113,23 @@ def is_block_diffusion(name: str, raw: dict, where: str) -> bool:
                 or any(b"block_size" in f.read_bytes() for f in Path(where).glob("training_args.bin")))
 
 
+def is_adapter(where: str, revision: str | None) -> bool:
+    """Is there an adapter in the folder or under the hub id, alone or beside the weights of a whole model?"""
+    if not Path(where).is_dir():
+        return find_adapter_config_file(where, revision=revision or "main") is not None
+    return any(re.search(r"^adapter|(^|[^a-z])lora", file.name, re.IGNORECASE)
+               and file.suffix in (".json", ".safetensors", ".bin") for file in Path(where).iterdir())
+
+
+def count_stored(folder: str) -> int:
+    """The numbers in a folder's safetensors files, as their headers tell; 0 where there is no such file."""
+    total = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
+    return total
+
+
 def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedConfig]:
     """(model_type, config.json as it is, config for the stock class). Refuses what is no such model."""
     hub_id = name.count("/") == 1 and name[0] not in "./~"
@@ -113,6 +138,8 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
                "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1")
     where = locate(name, revision)
     try:
+        if is_adapter(where, revision):
+            refuse(f"{name} holds an adapter (LoRA), which is not loaded: merge it into its model first")
         raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
         kind = raw.get("model_type")
         if kind not in STOCK and kind not in KINDS:
@@ -130,6 +157,9 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
                 refuse(f"{name} is a LLaDA that is no Llama: {', '.join(f'{k} {raw[k]!r}' for k in beyond)}")
             fields = {ours: raw[theirs] for ours, theirs in LLADA_CONFIG.items()}
             fields["vocab_size"] = raw.get("embedding_size") or raw["vocab_size"]
+        layers = fields.get("num_hidden_layers")
+        if type(layers) is int and layers > LAYERS:
+            refuse(f"{name} has {layers} layers in its config.json; at most {LAYERS} can be loaded")
         if KINDS.get(kind) in ("qwen2", "qwen3"):  # the hub's code has no window, whatever config.json says
             fields |= {"use_sliding_window": False, "layer_types": None}
         config = STOCK[KINDS.get(kind, kind)][1].from_dict(fields)
@@ -139,6 +169,10 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             sizes = [p.numel() for p in STOCK[config.model_type][0](config).parameters()]
         assert all(sizes), "a network without weights"
+        stored = count_stored(where)
+        if stored and sum(sizes) > 2 * stored + 10**8:  # what lacks little is named by check_weights
+            refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json "
+                   f"{sum(sizes):.1e}")
     except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     return kind, raw, config
@@ -191,9 +225,7 @@ def load_model(
         if kind == "modernbert" and tokenizer.chat_template is None and "[CLS]" in tokenizer.get_vocab():
             tokenizer.chat_template = MODERNBERT_CHAT  # "tiny" has no words to chat with
         model = Denoiser(None, tokenizer, *ids, config.logits_shift)  # prompts first: weights take minutes
-        texts = [chat_prompt(model, text) for text in ("one", "two")] if tokenizer.chat_template else [""]
-        if len(tokenizer(texts)["input_ids"]) > len(set(texts)):
-            refuse(f"{name} has a chat template that leaves the user's message out")
+        check_prompts(name, model, reads_words="tiny_task" not in raw)
         network, report = STOCK[config.model_type][0].from_pretrained(
             where, config=config, key_mapping=LLADA_NAMES if kind == "llada" else None, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True, **hub)
@@ -210,6 +242,79 @@ def load_model(
     if gradient_checkpointing:
         checkpoint_layers(network)
     return model
+
+
+def apart(work: Callable[[], list], seconds: int = 2, gib: int = 2) -> list | str:
+    """What work() returns (of text, numbers and lists), made in a process of its own; a line that says what is
+    wrong where it raises, or takes more processor time or memory than that.
+
+    For templates and patterns that come with a checkpoint: nobody knows what they will take."""
+    read, write = os.pipe()
+    with warnings.catch_warnings(action="ignore"):  # of threads, which do not exist in the child
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            if (statm := Path("/proc/self/statm")).exists():
+                size = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + gib * 2**30
+                resource.setrlimit(resource.RLIMIT_AS, (size, size))
+            for timer, number, limit in ((signal.ITIMER_PROF, signal.SIGPROF, seconds),
+                                         (signal.ITIMER_REAL, signal.SIGALRM, 20 * seconds)):
+                signal.signal(number, signal.SIG_DFL)  # ends the process, in whatever code it is
+                signal.setitimer(timer, limit)
+            try:
+                answer = work()
+            except Exception as error:  # of any kind: a template raises whatever it likes
+                answer = one_line(error)
+            with open(write, "w") as pipe:
+                json.dump(answer, pipe)
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer) if answer else f"it takes more than {seconds} seconds, or {gib} GiB of memory"
+
+
+def check_prompts(name: str, model: Denoiser, reads_words: bool):
+    """Refuses a chat template or a tokenizer that does not end, loses what it is given, or gives another prompt
+    for the same message another day. reads_words: it is not the tokenizer of a tiny task."""
+    tokenizer = model.tokenizer
+    line = "what is (12 + 34) * 5 - 67 / 89 for the other one "
+    messages = ["one", "two", line, line * 200] if reads_words else [""]  # 10,000 characters: loops multiply
+
+    def no_date():
+        raise ValueError("it reads the date, so no run could be repeated: write a date in its place")
+
+    def prompts() -> list[str]:
+        if not tokenizer.chat_template:
+            return messages
+        chat_template_utils.datetime = SimpleNamespace(now=no_date)  # of this process, which is not the run's
+        before = random.getstate()
+        made = [chat_prompt(model, message) for message in messages]
+        if random.getstate() != before or any(re.search(r" at 0x[0-9a-f]+>", text) for text in made):
+            raise ValueError("it draws at random, or writes an address, so no run could be repeated")
+        return made
+
+    def squeezed(text: str) -> str:
+        return "".join(text.lower().split())
+
+    made = apart(prompts)
+    if isinstance(made, str):
+        refuse(f"{name} has a chat template that cannot be used: {made}")
+    ids = apart(lambda: [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in made] for _ in "ab"])
+    if isinstance(ids, str):
+        refuse(f"{name} has a tokenizer that cannot be used: {ids}")
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None) or ids[0] != ids[1]:
+        refuse(f"{name} has a tokenizer that draws at random (dropout), so no run could be repeated")
+    if not all(squeezed(message) in squeezed(text) for message, text in zip(messages, made, strict=True)):
+        refuse(f"{name} has a chat template that leaves the user's message out, or some of it")
+    for message, row in zip(messages, ids[0], strict=True):
+        if squeezed(message) not in squeezed(tokenizer.decode(row)):
+            refuse(f"{name} has a tokenizer that loses text: {message[:60]!r} cannot be read from its tokens")
 
 
 def check_weights(name: str, network: PreTrainedModel, report: dict, folder: str):

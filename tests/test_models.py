@@ -5,8 +5,10 @@ Expected values come from checkpoints.py, which shares no code with models.py or
 import copy
 import dataclasses
 import json
+import random
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import checkpoints
@@ -585,6 +587,69 @@ def test_refused_config(what, tmp_path, capfd):
     assert needle in refused(capfd, tmp_path)
 
 
+WIDTHS = {"llada": "d_model", **dict.fromkeys(LAYOUTS[1:], "hidden_size")}
+MIDDLES = {"llada": "mlp_hidden_size", **dict.fromkeys(LAYOUTS[1:], "intermediate_size")}
+DEPTHS = {"llada": "n_layers", **dict.fromkeys(LAYOUTS[1:], "num_hidden_layers")}
+WORDS = {"llada": "embedding_size", **dict.fromkeys(LAYOUTS[1:], "vocab_size")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("names, value", [
+    (DEPTHS, 10**4), (DEPTHS, 10**6), (DEPTHS, 10**12), (DEPTHS, 10**30), (WIDTHS, 64 * 10**6),
+    (WIDTHS, 64 * 10**9), (MIDDLES, 10**9), (MIDDLES, 10**15), (WORDS, 10**8), (WORDS, 10**12), (WORDS, 10**20),
+])
+def test_a_network_far_larger_than_its_files_is_refused_at_once(layout, names, value, tmp_path, capfd):
+    """Nothing of that size is made, nor counted one by one; with the files, and as from a hub without."""
+    write(layout, tmp_path)
+    edit_config(tmp_path, **{names[layout]: value, "layer_types": None})
+    begun = time.process_time()
+    assert re.search("layers in its config|numbers in its files|cannot be loaded", refused(capfd, tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    args = SimpleNamespace(revision=None, L=16, block=16, G=2, prompts=2, eval_rows=4, budget=64, model="it",
+                           gradient_checkpointing=False, eval_only=False, shard=False, out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop:
+        models.plan(str(tmp_path), args, torch.device("cpu"))
+    assert stop.value.code == 2 and capfd.readouterr().err.count("\n") == 1
+    assert time.process_time() - begun < 3
+
+
+def test_as_many_layers_as_any_model_has(tmp_path, capfd):
+    """A thousand are counted: it is the weights that lack."""
+    write("a2d-llama", tmp_path)
+    edit_config(tmp_path, num_hidden_layers=300)
+    assert "missing_keys" in refused(capfd, tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin",
+                                  "adapters.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_refused_adapter(layout, file, alone, tmp_path, capfd):
+    """Beside the weights of the whole model it would be left out without a word."""
+    write(layout, tmp_path)
+    (tmp_path / file).write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "somebody/model"}))
+    if alone:
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "config.json").unlink()
+    assert "merge it" in refused(capfd, tmp_path)
+
+
+def test_refused_adapter_of_the_hub(tmp_path, monkeypatch, capfd):
+    """In a cache, offline: with the weights of a model that is whole, and alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("whole", "alone"):
+        repo, commit = tmp_path / f"models--somebody--{name}", 40 * "c"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        folder = repo / "snapshots" / commit
+        write("dream", folder)
+        (folder / "adapter_config.json").write_text("{}")
+        if name == "alone":
+            (folder / "model.safetensors").unlink()
+            (folder / "config.json").unlink()
+        assert "merge it" in refused(capfd, f"somebody/{name}")
+
+
 @pytest.mark.parametrize("layout", ["llada", "a2d-qwen2"])
 @pytest.mark.parametrize("mask_id", [320, -1, 10**6])
 def test_refused_mask_argument(layout, mask_id, tmp_path, capfd):
@@ -721,6 +786,85 @@ def test_refused_tokenizer(what, tmp_path, capfd):
     write(layout, tmp_path)
     tokenizer_config(**changes)(tmp_path)
     (tmp_path / "model.safetensors").unlink()
+    assert needle in refused(capfd, tmp_path)
+
+
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATES = {  # each writes the message, too; and what the line must name
+    "nested loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "seconds"),
+    "a loop over pairs of letters": ("{% set m = messages[0].content %}"
+                                     "{% for a in m %}{% for b in m %}{% endfor %}{% endfor %}", "seconds"),
+    "a number without end": ("{{ (10 ** (10 ** 9)) % 7 }}", "seconds"),
+    "a text without end": ("{{ ('x' * 10 ** 11) | length }}", "MemoryError"),
+    "a list without end": ("{{ ([0] * 10 ** 11) | length }}", "MemoryError"),
+    "the date": ("{{ strftime_now('%d %b %Y') }}", "date"),
+    "the date, if there is none": ("{% if not date_string is defined %}{% if strftime_now is defined %}"
+                                   "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+                                   "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+                                   "{{ date_string }}", "date"),
+    "the hour": ("{% if strftime_now('%H') | int < 12 %}Good morning.{% endif %}", "date"),
+    "a random word": ("{{ ['yes', 'no'] | random }}", "random"),
+    "mostly the same word": ("{{ (['yes'] * 10000 + ['no']) | random }}", "random"),
+    "random text": ("{{ lipsum(1) }}", "random"),
+    "an address": ("{{ raise_exception }}", "address"),
+}
+
+
+@pytest.mark.parametrize("what", TEMPLATES)
+def test_refused_template(what, tmp_path, capfd):
+    """Within seconds: it does not end, takes all memory, or says something else another day."""
+    template, needle = TEMPLATES[what]
+    write("dream", tmp_path, special={"chat_template": CHAT})
+    load_model(str(tmp_path))
+    tokenizer_config(chat_template=CHAT + template)(tmp_path)
+    begun = time.process_time(), time.perf_counter()
+    assert needle in refused(capfd, tmp_path)
+    assert time.process_time() - begun[0] < 3 and time.perf_counter() - begun[1] < 60
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content[:40] }}", "{{ messages[0].content | truncate(99) }}",
+                                      "{{ messages[0].content | replace('1', '') }}"])
+def test_a_template_that_loses_some_of_the_message_is_refused(template, tmp_path, capfd):
+    write("a2d-llama", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer_config(chat_template=template)(tmp_path)
+    assert "message" in refused(capfd, tmp_path)
+
+
+def test_trying_a_template_draws_nothing_here(tmp_path):
+    before = random.getstate(), torch.get_rng_state()
+    write("dream", tmp_path)
+    load_model(str(tmp_path))
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+REMOVE = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+TOKENIZER_FILES = {  # changes of tokenizer.json
+    "dropout": ({"model": {"dropout": 0.1}}, "random"),
+    "little dropout": ({"model": {"dropout": 1e-6}}, "random"),
+    "all text is lost": ({"normalizer": REMOVE}, "loses"),
+    "digits are lost": ({"normalizer": REMOVE | {"pattern": {"Regex": "[0-9]"}}}, "loses"),
+    "one sign is lost": ({"normalizer": REMOVE | {"pattern": {"String": "*"}}}, "loses"),
+    "words are lost": ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[0-9]+"}, "behavior": "Removed",
+                                          "invert": True}}, "loses"),
+    "letters are changed": ({"normalizer": REMOVE | {"pattern": {"String": "3"}, "content": "8"}}, "loses"),
+}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("what", TOKENIZER_FILES)
+def test_refused_tokenizer_file(what, chat, tmp_path, capfd):
+    """It gives other ids for the same text, or not all of a text: with a chat template and without."""
+    changes, needle = TOKENIZER_FILES[what]
+    write("a2d-llama", tmp_path)
+    if not chat:
+        (tmp_path / "chat_template.jinja").unlink()
+    load_model(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    kept = json.loads(file.read_text())
+    for key, value in changes.items():
+        kept[key] = kept[key] | value if key == "model" else value
+    file.write_text(json.dumps(kept))
     assert needle in refused(capfd, tmp_path)
 
 
