@@ -72,6 +72,7 @@ class Denoiser:
     end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
     shift: bool  # True (Dream): the prediction for position i sits at position i - 1
     excluded: tuple[int, ...] = ()  # ids that are no token of the tokenizer: never predicted, like the mask
+    bf16: bool = False  # matrix products in bf16 also on a CPU; on CUDA they always are
     forwards: Counter = dataclasses.field(default_factory=Counter)  # "rows" so far, of frozen copies too
     twin: torch.nn.Module | None = None  # of a sharded network, in the same shards, where one will be needed
 
@@ -91,11 +92,11 @@ class Denoiser:
         return self.network.config.vocab_size
 
     def autocast(self):
-        """bf16 matrix products on CUDA over fp32 weights; plain fp32 on a CPU.
+        """bf16 matrix products over fp32 weights, on CUDA and where `bf16` asks for them; else plain fp32.
 
         No cache of bf16 weights: a forward uses each weight once, so it would only cost memory."""
-        on = self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16, enabled=on, cache_enabled=False)
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bf16 or kind == "cuda", cache_enabled=False)
 
     def body(self, x: Tensor, attn: Tensor | None) -> Tensor:
         """Canvas (B, P+L) to hidden states (B, P+L, d) that predict each position; attn False: padding."""

@@ -121,6 +121,17 @@ def is_adapter(where: str, revision: str | None) -> bool:
                and file.suffix in (".json", ".safetensors", ".bin") for file in Path(where).iterdir())
 
 
+def without_memory(config: PreTrainedConfig) -> PreTrainedModel:
+    """The network of a config, on torch's meta device: its shapes and no numbers."""
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        return STOCK[config.model_type][0](config)
+
+
+def count(module: torch.nn.Module) -> int:
+    """Its parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def count_stored(folder: str) -> int:
     """The numbers in a folder's safetensors files, as their headers tell; 0 where there is no such file."""
     total = 0
@@ -166,13 +177,11 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         config.is_causal = config.use_cache = False
         config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
         assert type(config.logits_shift) is bool, f"logits_shift {config.logits_shift!r}"
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            sizes = [p.numel() for p in STOCK[config.model_type][0](config).parameters()]
-        assert all(sizes), "a network without weights"
-        stored = count_stored(where)
-        if stored and sum(sizes) > 2 * stored + 10**8:  # what lacks little is named by check_weights
-            refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json "
-                   f"{sum(sizes):.1e}")
+        network = without_memory(config)
+        assert all(p.numel() for p in network.parameters()), "a network without weights"
+        stored, needed = count_stored(where), count(network)
+        if stored and needed > 2 * stored + 10**8:  # where little is missing, check_weights says what
+            refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json {needed:.1e}")
     except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     return kind, raw, config
@@ -234,6 +243,7 @@ def load_model(
         model.network = network.eval().to(device)
         if not is_bidirectional(model):
             refuse(f"{name} is causal: a masked position does not see the tokens after it")
+        model.bf16 = bf16_on_this_cpu(count(network))
     except Exception as error:  # of any kind: tokenizers raises bare ones, a template whatever it likes
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     network.config.mask_token_id = ids[0]
@@ -372,7 +382,9 @@ def save_model(model: Denoiser, folder: Path, weights: dict | None = None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# -------------------------------------------------------------------------------------- precision and memory
+
+LARGE = 5e7  # parameters of a network that is worth bf16 on a CPU
 
 
 def predict_memory(
@@ -391,14 +403,12 @@ def predict_memory(
     what is not in layers, with its gradient and the reference's, and two layers with their gradients (whose
     weights nothing keeps for backward). "layers" are those of a rollout that has all gathered; it has no
     gradients, so this is beside the sum."""
-    with torch.device("meta"):
-        network = STOCK[config.model_type][0](config)
+    network = without_memory(config)
     d, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d // heads  # ModernBERT has neither
     kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    in_layers = sum(p.numel() for p in network.model.layers.parameters())
-    N = sum(p.numel() for p in network.parameters())
+    in_layers, N = count(network.model.layers), count(network)
     if config.tie_word_embeddings and config.model_type != "modernbert":
         N += V * d  # a hub file may hold both and untie them
     per_token = 16 * d + 8 * config.intermediate_size + 13 * (heads * head_dim + 2 * kv)
@@ -429,9 +439,12 @@ def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
     Disk: two checkpoints of 12 bytes per parameter (the old one until the new one is whole), and model/."""
     _, _, config = read_config(name, args.revision)
     cuda = device.type == "cuda"
+    bf16 = cuda or bf16_on_this_cpu(count(without_memory(config)))
+    if bf16 and not cuda:
+        print("matrix products in bf16, which this CPU has instructions for (AMX); weights and head in fp32")
     predict = partial(
         predict_memory, config, L=args.L, block=args.block, G=args.G, budget=args.budget,
-        gradient_checkpointing=args.gradient_checkpointing, train=not args.eval_only, bf16=cuda,
+        gradient_checkpointing=args.gradient_checkpointing, train=not args.eval_only, bf16=bf16,
         reference=vars(args).get("beta", 0) > 0)  # wd1 has none
     if cuda:
         have = torch.cuda.mem_get_info(device)[0]
@@ -470,6 +483,14 @@ def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
         if need > free:
             refuse(f"{args.out} needs {need:.1f} GiB of disk and {free:.1f} are free: choose another --out")
     return sharded, keep_whole
+
+
+def bf16_on_this_cpu(parameters: int) -> bool:
+    """Are matrix products in bf16 worth their rounding for a network of so many parameters?
+
+    Only with AMX. Measured without it, on a Xeon that has AVX512-BF16: 85 GFLOP/s in bf16, 157 in fp32. A small
+    network gains nothing from either, and stays what it is on every CPU, bit for bit."""
+    return parameters >= LARGE and torch.cpu._is_amx_tile_supported()  # private, but in 2.11 as in 2.13
 
 
 def release_memory():
