@@ -345,7 +345,7 @@ def check_weights(name: str, network: PreTrainedModel, report: dict, folder: str
 def checkpoint_layers(network: PreTrainedModel):
     """Keep each layer's input alone and compute the layer again for backward."""
     with warnings.catch_warnings(action="ignore"):  # of a name newer versions change
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for layer in network.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True  # asks for it; its submodules stay in eval mode: no dropout
