@@ -390,14 +390,20 @@ LARGE = 5e7  # parameters of a network that is worth bf16 on a CPU
 def predict_memory(
     config: PreTrainedConfig, *, L: int, block: int, G: int, budget: int,
     gradient_checkpointing: bool, reference: bool, train: bool, bf16: bool, ranks: int = 0,
+    S: int = 1, rows: int = 10**9,
 ) -> dict[str, float]:
     """Upper estimate of the peak of a device, in GiB by part, from arithmetic alone: nothing is loaded.
 
     Weights, gradients and Adam's two moments are fp32 (16 bytes per parameter). Activations: what one
     micro-batch of `budget` tokens keeps for backward, measured with saved_tensors_hooks: at most
     16 d + 8 f + 13 (q + 2 kv) bytes per token and layer in bf16 autocast, and the bf16 copies of the layers'
-    weights; with gradient checkpointing one layer of that, and the fp32 input of each. Logits: the larger of
-    a scored chunk with the head's gradient, and of a rollout's block in float64.
+    weights; with gradient checkpointing one layer of that, and the fp32 input of each.
+
+    Logits: the larger of what scoring and what a rollout takes, by the allocator's events. Scoring a chunk
+    takes four copies of its logits and a gradient of the head, or two copies and three such gradients: where
+    the head runs in two chunks or more, or is the embedding, too, autograd adds a new one to the sum of those
+    before it, into a third. A rollout's block takes 36 bytes per row, place and id, and 8 more for each place
+    that a step reveals. rows: most rows there are to denoise at once, whatever the budget.
 
     ranks: weights, gradients, moments and reference are sharded over so many. Gathered are then, in fp32,
     what is not in layers, with its gradient and the reference's, and two layers with their gradients (whose
@@ -412,17 +418,20 @@ def predict_memory(
     if config.tie_word_embeddings and config.model_type != "modernbert":
         N += V * d  # a hub file may hold both and untie them
     per_token = 16 * d + 8 * config.intermediate_size + 13 * (heads * head_dim + 2 * kv)
-    copies = 2 * in_layers if bf16 and not ranks else 0
-    kept = layers * budget * per_token * (1 if bf16 else 2) + copies
+    kept = layers * budget * per_token * (1 if bf16 else 2) + (2 * in_layers if bf16 and not ranks else 0)
     if gradient_checkpointing:
         kept = kept / layers + 4 * d * budget * layers
     kept += 16 * d * budget  # the embeddings and the last norm
-    rollout = 36 * max(G, budget // L) * block * V
-    scoring = 16 * min(LOGITS, budget * V) + 4 * V * d
+    denoised = min(rows, max(G, budget // (L + 1)))  # a prompt has a token at least
+    rollout = (36 + 8 * min(1, L / S / block)) * denoised * block * V
+    copies = 3 if config.tie_word_embeddings or budget * V > LOGITS else 1
+    chunk = 4 * min(LOGITS, budget * V)
+    scoring = max(4 * chunk + 4 * V * d, 2 * chunk + copies * 4 * V * d)
     parts = {"weights": 4 * N, "gradients": 4 * N, "Adam": 8 * N, "reference": 4 * N * reference,
              "activations": kept, "logits": max(rollout, scoring)}
     if not train:
-        parts = {"weights": 4 * N, "logits": rollout}
+        parts = {"weights": 4 * N, "activations": budget * (per_token * (1 if bf16 else 2) + 16 * d),
+                 "logits": rollout}
     if ranks:
         parts |= {k: parts[k] / ranks for k in ("weights", "gradients", "Adam", "reference") if k in parts}
         outside = 4 * (N - in_layers) * (1 + train + reference * train)
@@ -443,7 +452,8 @@ def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
     if bf16 and not cuda:
         print("matrix products in bf16, which this CPU has instructions for (AMX); weights and head in fp32")
     predict = partial(
-        predict_memory, config, L=args.L, block=args.block, G=args.G, budget=args.budget,
+        predict_memory, config, L=args.L, S=args.S, block=args.block, G=args.G,
+        rows=max(args.prompts * args.G, args.eval_rows), budget=args.budget,
         gradient_checkpointing=args.gradient_checkpointing, train=not args.eval_only, bf16=bf16,
         reference=vars(args).get("beta", 0) > 0)  # wd1 has none
     if cuda:

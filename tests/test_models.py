@@ -4,6 +4,7 @@ Expected values come from checkpoints.py, which shares no code with models.py or
 
 import copy
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -15,7 +16,9 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import DROP, LAYOUTS, reference_logits, write
+from conftest import recording
 from safetensors.torch import load_file
+from test_methods import METHODS, launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import common
@@ -657,7 +660,7 @@ def test_a_network_far_larger_than_its_files_is_refused_at_once(layout, names, v
     begun = time.process_time()
     assert re.search("layers in its config|numbers in its files|cannot be loaded", refused(capfd, tmp_path))
     (tmp_path / "model.safetensors").unlink()
-    args = SimpleNamespace(revision=None, L=16, block=16, G=2, prompts=2, eval_rows=4, budget=64, model="it",
+    args = SimpleNamespace(revision=None, L=16, block=16, G=2, prompts=2, eval_rows=4, budget=64, model="it", S=4,
                            gradient_checkpointing=False, eval_only=False, shard=False, out=str(tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:
         models.plan(str(tmp_path), args, torch.device("cpu"))
@@ -977,3 +980,47 @@ def test_the_trap_works(tmp_path, monkeypatch):
     with pytest.raises(AttributeError):
         AutoConfig.from_pretrained(tmp_path / "hub", trust_remote_code=True)
     (tmp_path / "hub" / "EXECUTED").unlink()
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def peak(work) -> float:
+    """The most memory that torch holds at once while work() runs, beyond what it held before, in GiB."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes)) / 2**30
+
+
+HEADS = {  # layout, and what is added to its config
+    "one chunk": ("dream", {"vocab_size": 2000}),
+    "one chunk, tied": ("a2d-qwen3", {"vocab_size": 2000}),
+    "chunks": ("dream", {"vocab_size": 20000}),
+    "chunks, tied": ("a2d-qwen3", {"vocab_size": 20000}),
+    "chunks, a wide network": ("a2d-llama", {"vocab_size": 20000, "hidden_size": 256}),
+    "chunks of ModernBERT": ("modernbert", {"vocab_size": 20000}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("head", HEADS)
+def test_predicted_memory_is_an_upper_estimate(method, head, tmp_path, monkeypatch, with_a_gradient):
+    """Of a whole run, from loading to the last evaluation."""
+    layout, config = HEADS[head]
+    write(layout, tmp_path / "model", **config)
+    rows = [{"question": f"What is {a} plus {a}?", "ground_truth_answer": str(2 * a)} for a in range(20)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(common, "LOGITS", 2**21)
+    monkeypatch.setattr(models, "LOGITS", 2**21)
+    monkeypatch.setattr("run.plot", lambda *_: None)
+    said = []
+    monkeypatch.setattr(models, "predict_memory", recording(models.predict_memory, said))
+    argv = ["--model", tmp_path / "model", "--task", "gsm8k", "--data", tmp_path / "data.json",
+            *"--prompts 2 --G 4 --L 32 --S 8 --block 16 --budget 900 --eval_rows 4 --updates 2".split(),
+            "--out", tmp_path / "run"]
+    measured = peak(lambda: launch(method, *argv))
+    predicted = sum(said[0].values())
+    print(method, head, f"{measured:.4f} {predicted:.4f} {predicted / measured:.2f}", said[0])
+    assert measured <= predicted <= 2 * measured
