@@ -445,7 +445,8 @@ def reward_rows(
     """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`.
 
     Of the special tokens only the one that ends an answer is left out of its text: `1<|x|>8` is not 18."""
-    ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row)) for row in tokens.tolist()]
+    ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row))
+           for row in tokens.tolist()]
     texts = model.tokenizer.batch_decode(ids)
     mine = [(texts[i], rows[i]) for i in parallel.share(len(rows))]
     if task.parallel:  # the reward waits for other processes

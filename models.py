@@ -181,7 +181,8 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         assert all(p.numel() for p in network.parameters()), "a network without weights"
         stored, needed = count_stored(where), count(network)
         if stored and needed > 2 * stored + 10**8:  # where little is missing, check_weights says what
-            refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json {needed:.1e}")
+            refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json "
+                   f"{needed:.1e}")
     except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     return kind, raw, config
@@ -255,8 +256,8 @@ def load_model(
 
 
 def apart(work: Callable[[], list], seconds: int = 2, gib: int = 2) -> list | str:
-    """What work() returns (of text, numbers and lists), made in a process of its own; a line that says what is
-    wrong where it raises, or takes more processor time or memory than that.
+    """What work() returns (of text, numbers and lists), made in a process of its own; a line that says what
+    is wrong where it raises, or takes more processor time or memory than that.
 
     For templates and patterns that come with a checkpoint: nobody knows what they will take."""
     read, write = os.pipe()
@@ -290,8 +291,8 @@ def apart(work: Callable[[], list], seconds: int = 2, gib: int = 2) -> list | st
 
 
 def check_prompts(name: str, model: Denoiser, reads_words: bool):
-    """Refuses a chat template or a tokenizer that does not end, loses what it is given, or gives another prompt
-    for the same message another day. reads_words: it is not the tokenizer of a tiny task."""
+    """Refuses a chat template or a tokenizer that does not end, loses what it is given, or gives another
+    prompt for the same message another day. reads_words: it is not the tokenizer of a tiny task."""
     tokenizer = model.tokenizer
     line = "what is (12 + 34) * 5 - 67 / 89 for the other one "
     messages = ["one", "two", line, line * 200] if reads_words else [""]  # 10,000 characters: loops multiply
@@ -315,7 +316,8 @@ def check_prompts(name: str, model: Denoiser, reads_words: bool):
     made = apart(prompts)
     if isinstance(made, str):
         refuse(f"{name} has a chat template that cannot be used: {made}")
-    ids = apart(lambda: [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in made] for _ in "ab"])
+    ids = apart(lambda: [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in made]
+                         for _ in range(2)])
     if isinstance(ids, str):
         refuse(f"{name} has a tokenizer that cannot be used: {ids}")
     if getattr(tokenizer.backend_tokenizer.model, "dropout", None) or ids[0] != ids[1]:
@@ -424,9 +426,10 @@ def predict_memory(
     kept += 16 * d * budget  # the embeddings and the last norm
     denoised = min(rows, max(G, budget // (L + 1)))  # a prompt has a token at least
     rollout = (36 + 8 * min(1, L / S / block)) * denoised * block * V
+    chunk, head = 4 * min(LOGITS, budget * V), 4 * V * d
     copies = 3 if config.tie_word_embeddings or budget * V > LOGITS else 1
-    chunk = 4 * min(LOGITS, budget * V)
-    scoring = max(4 * chunk + 4 * V * d, 2 * chunk + copies * 4 * V * d)
+    counted = 0 if not ranks else 1 if config.tie_word_embeddings else 2  # are in "gathered", below
+    scoring = max(4 * chunk + max(0, 1 - counted) * head, 2 * chunk + max(0, copies - counted) * head)
     parts = {"weights": 4 * N, "gradients": 4 * N, "Adam": 8 * N, "reference": 4 * N * reference,
              "activations": kept, "logits": max(rollout, scoring)}
     if not train:
@@ -438,6 +441,13 @@ def predict_memory(
         parts["gathered"] = outside + 2 * (8 if train else 4) * in_layers / layers
         parts["layers"] = (2 if bf16 else 4) * in_layers
     return {k: v / 2**30 for k, v in parts.items()}
+
+
+def reserve(parts: dict[str, float]) -> float:
+    """GiB of a GPU to leave to others than tensors: a tenth of what comes and goes in ever new sizes, lost to
+    fragments; half a GiB for the workspaces of cuBLAS and its like; one for the buffers of NCCL."""
+    passing = parts.get("activations", 0) + parts["logits"]
+    return 0.1 * passing + 0.5 + (parallel.world() > 1)
 
 
 def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
@@ -462,13 +472,20 @@ def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // parallel.on_this_machine()
     have, parts = parallel.summed(have, "min") / 2**30, predict()
     full, sharded, keep_whole = parts["weights"], args.shard, False
+    if cuda:
+        parts["reserve"] = reserve(parts)
     if parallel.world() > 1 and sum(parts.values()) > have:
         sharded = True
     if sharded:
         parts = predict(ranks=parallel.world())
+        if cuda:
+            parts["reserve"] = reserve(parts)
         layers = parts.pop("layers")
         in_updates = parts.get("gradients", 0) + parts.get("activations", 0)
         keep_whole = sum(parts.values()) - in_updates + layers <= have
+    if "reserve" in parts:
+        print(f"reserve: {parts['reserve']:.1f} GiB for what nobody can predict: fragments between tensors, "
+              "workspaces of cuBLAS" + (" and buffers of NCCL" if parallel.world() > 1 else ""))
     need = sum(parts.values())
     listed = ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items() if gib >= 0.05)
     each = f" on each of {parallel.world()} devices" if parallel.world() > 1 else ""
@@ -498,8 +515,8 @@ def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
 def bf16_on_this_cpu(parameters: int) -> bool:
     """Are matrix products in bf16 worth their rounding for a network of so many parameters?
 
-    Only with AMX. Measured without it, on a Xeon that has AVX512-BF16: 85 GFLOP/s in bf16, 157 in fp32. A small
-    network gains nothing from either, and stays what it is on every CPU, bit for bit."""
+    Only with AMX. Measured without it, on a Xeon that has AVX512-BF16: 85 GFLOP/s in bf16, 157 in fp32. A
+    small network gains nothing from either, and stays what it is on every CPU, bit for bit."""
     return parameters >= LARGE and torch.cpu._is_amx_tile_supported()  # private, but in 2.11 as in 2.13
 
 
