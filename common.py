@@ -71,6 +71,8 @@ class Denoiser:
     pad_id: int
     end_ids: tuple[int, ...]  # an answer ends with any of these; eos_id is one of them
     shift: bool = False  # True (Dream): the prediction for position i sits at position i - 1
+    excluded: tuple[int, ...] = ()  # ids that are no token of the tokenizer: never predicted, like the mask
+    bf16: bool = False  # bf16 matrix products on a CPU, too; on CUDA they always are in bf16
     counts: Counter = dataclasses.field(default_factory=Counter)  # NFE and seconds so far, frozen copies' too
 
     @property
@@ -86,12 +88,12 @@ class Denoiser:
         return dataclasses.replace(self, network=copy.deepcopy(self.network))
 
     def autocast(self):
-        """bf16 matrix products over fp32 weights on CUDA; plain fp32 on a CPU.
+        """bf16 matrix products over fp32 weights, on CUDA and where `bf16` asks for them; else plain fp32.
 
         bf16 copies of the weights are not cached: a forward uses each weight once, so a cache would only
         cost memory."""
-        on = self.device.type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16, enabled=on, cache_enabled=False)
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bf16 or kind == "cuda", cache_enabled=False)
 
     def body(self, x: Tensor, attn: Tensor | None) -> Tensor:
         """Canvases (B, P+L) to the hidden states (B, P+L, d) that predict each position.
@@ -109,15 +111,15 @@ class Denoiser:
         return self.network.model(x, attention_mask=attn, position_ids=positions).last_hidden_state
 
     def head(self, h: Tensor) -> Tensor:
-        """Hidden states (..., d) to logits (..., V) in at least fp32; the mask token is excluded (-inf).
+        """Hidden states (..., d) to logits (..., V) in at least fp32; -inf at the mask token and `excluded`.
 
         The head does not run in bf16: that would round log p by up to 0.05 nats, and it runs at few
         positions anyway."""
         net = self.network
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         z = net.lm_head(h) if hasattr(net, "lm_head") else net.decoder(net.head(h))  # else: ModernBERT
-        z[..., self.mask_id] = -math.inf
-        return z
+        never = torch.tensor((self.mask_id, *self.excluded), device=z.device)
+        return z.index_fill_(-1, never, -math.inf)
 
     def clip_gradient(self, max_norm: float) -> float:
         """Scale the gradient down to max_norm if it is longer; returns its norm before."""
@@ -510,11 +512,13 @@ def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
 def reward_rows(
     model: Denoiser, task: Task, tokens: Tensor, rows: list[dict]
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`."""
+    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`.
+
+    Of the special tokens only the one that ends an answer is left out of its text: `1<|x|>8` is not 18."""
     with model.timed("reward"):
-        valid = until_eos(tokens, model.end_ids).tolist()
-        ids = [list(itertools.compress(*pair)) for pair in zip(tokens.tolist(), valid, strict=True)]
-        texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row))
+               for row in tokens.tolist()]
+        texts = model.tokenizer.batch_decode(ids)
         own = [(texts[i], rows[i]) for i in model.share(len(rows))]
         if task.parallel:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine

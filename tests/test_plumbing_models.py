@@ -4,19 +4,27 @@ Expected values come from checkpoints.py, which shares no code with models.py or
 
 import copy
 import dataclasses
+import importlib
+import itertools
 import json
+import random
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import checkpoints
 import pytest
 import torch
 from checkpoints import DROP, LAYOUTS, reference_logits, write
+from conftest import recording
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from test_methods import METHODS, launch
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 import common
+import gdsd
 from plumbing import models
 from plumbing.models import load_model
 
@@ -84,10 +92,13 @@ def expected(layout, written, x=X, pad_mask=None):
 
 
 def assert_same(z, want, model, tolerance=1e-4):
-    """Logits (B, T, V) equal, except for the mask token, which has -inf, and a shifted model's position 0."""
+    """Logits (B, T, V) equal, except for the mask token and ids that are no tokens, which have -inf, and a
+    shifted model's position 0."""
     start = int(model.shift)
-    assert (z[..., model.mask_id] == -torch.inf).all()
-    keep = torch.arange(z.shape[-1]) != model.mask_id
+    tokens = torch.tensor(list(model.tokenizer.get_vocab().values()))
+    ids = torch.arange(z.shape[-1])
+    keep = torch.isin(ids, tokens) & (ids != model.mask_id)
+    assert (z[..., ~keep] == -torch.inf).all()
     assert z[..., keep].isfinite().all()
     z, want = (t[:, start:, keep].double() for t in (z, want))
     torch.testing.assert_close(z, want, rtol=tolerance, atol=tolerance)
@@ -284,6 +295,43 @@ def test_no_mask_token_anywhere(layout, tmp_path, capfd):
     assert "--mask_id" in refused(capfd, tmp_path)
 
 
+def test_only_tokens_of_the_tokenizer_are_sampled(case):
+    """The network has more rows than the tokenizer has tokens, the random weights prefer no id to another."""
+    for model in (case.model, case.twice):
+        tokens = set(model.tokenizer.get_vocab().values())
+        assert set(model.excluded) == set(range(model.V)) - tokens and model.excluded
+        prompt = X[:1].expand(8, -1)
+        roll = common.denoise(
+            model, prompt, prompt >= 0, [common.generator("cpu", 0)], L=64, S=64, block=64, guess=True)
+        for found in (roll.completion, roll.guess):
+            assert set(found.unique().tolist()) <= tokens - {model.mask_id}
+        assert roll.logp.isfinite().all() and roll.entropy.isfinite().all()
+
+
+def test_a_hole_in_the_vocabulary_is_not_sampled(tmp_path):
+    """Ids that are no token may also lie between two tokens."""
+    write("a2d-llama", tmp_path)
+    file = tmp_path / "tokenizer.json"
+    kept = json.loads(file.read_text())
+    kept["model"]["vocab"]["ĊĊ"], hole = 280, kept["model"]["vocab"]["ĊĊ"]
+    file.write_text(json.dumps(kept))
+    model = load_model(str(tmp_path))
+    assert hole in model.excluded and 280 not in model.excluded and 281 in model.excluded
+    assert_same(logits(model), logits(model).nan_to_num(neginf=0), model)
+
+
+def test_gradients_beside_excluded_ids_are_finite(case):
+    """Through log_prob and GDSD's centred logit; what is excluded gets none."""
+    model = case.model
+    z = model.head(model.body(X, None)).flatten(0, 1)
+    z.retain_grad()
+    at, token = torch.arange(len(z)), X.flatten()
+    (common.log_prob(z, at, token) + gdsd.centred_logit(z, at, token)).sum().backward()
+    model.network.zero_grad()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+    assert not z.grad[:, [model.mask_id, *model.excluded]].any()
+
+
 def test_end_of_an_answer_as_a_single_token(tmp_path):
     """[/Answer]; and a tokenizer whose eos is its padding, as dllm's training saves it."""
     added = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[/Answer]"]
@@ -379,6 +427,62 @@ def test_special_tokens_are_not_part_of_an_answer(case):
         assert model.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+def test_a_special_token_stays_in_the_text_of_an_answer(case):
+    """All but the end: left out, it would join what stands before and behind it."""
+    task = SimpleNamespace(reward=lambda text, row: (0.0, {}), parallel=False)
+    for model in (case.model, case.again):
+        one, eight = model.tokenizer("18", add_special_tokens=False)["input_ids"]
+        others = set(case.written["ids"].values()) - {*model.end_ids, model.mask_id}
+        rows = torch.tensor([[one, other, eight, end, one] for other in others for end in model.end_ids])
+        texts = common.reward_rows(model, task, rows, [{}] * len(rows))[2]
+        tokens = [model.tokenizer.convert_ids_to_tokens(other) for other in others for _ in model.end_ids]
+        assert texts == [f"1{token}8" for token in tokens]
+
+
+# ------------------------------------------------------------------------------------------ bf16 on a CPU
+
+
+@pytest.mark.parametrize("amx, parameters, on",
+                         [(True, 5e7, True), (True, 4.9e7, False), (False, 1e9, False)])
+def test_bf16_where_a_cpu_gains_by_it(amx, parameters, on, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert models.bf16_on_this_cpu(parameters) == on
+
+
+@pytest.mark.parametrize("layout", ["a2d-qwen3", "dream", "modernbert"])
+def test_recorded_and_scored_log_probs_agree_in_bf16(layout, tmp_path, monkeypatch):
+    """Scored all together, and each row alone and behind padding.
+
+    Measured on a CPU with AVX512-BF16: 1e-6 nats apart at most, both ways. From the same rows in fp32 it is
+    0.06 at most and 0.01 on average, of networks as sharp as these."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    write(layout, tmp_path)
+    assert not load_model(str(tmp_path)).bf16  # it is small
+    monkeypatch.setattr(models, "LARGE", 0)
+    model = load_model(str(tmp_path))
+    assert model.bf16 and model.frozen().bf16
+    prompt = torch.cat([torch.full((16, PAD), model.pad_id), X.repeat_interleave(8, 0)], 1)
+    real = torch.arange(prompt.shape[1]).expand_as(prompt) >= PAD
+
+    def scored(model, rows):
+        """Log-probs of these rows of the rollout, step by step: (R, L)."""
+        some, total = roll[rows], 0
+        for s in range(8):
+            x = common.canvas(some, some.step >= s)
+            total = total + common.score(model, x, some.prompt_mask, some.completion, some.step == s, 1.0)
+        return total
+
+    gens = [common.generator("cpu", i) for i in range(2)]
+    roll = common.denoise(model, prompt, real, gens, L=32, S=8, block=32)
+    together = scored(model, slice(None))
+    alone = torch.cat([scored(model, slice(i, i + 1)) for i in range(16)])
+    assert together.requires_grad and together.dtype == torch.float32
+    assert (together - roll.logp).abs().max() < 1e-3
+    assert (alone - roll.logp).abs().max() < 0.1
+    rounded = (scored(dataclasses.replace(model, bf16=False), slice(None)) - roll.logp).abs()
+    assert 1e-3 < rounded.mean() < 0.1  # bf16 was on, and is no more than a rounding
+
+
 # ------------------------------------------------------------------------------------- gradient checkpointing
 
 DROPOUT = {"llada": ["attention", "residual", "embedding"], "modernbert": ["attention", "mlp", "embedding"]}
@@ -408,6 +512,17 @@ def test_gradient_checkpointing(layout, tmp_path):
     for name, grad in grads[0].items():
         assert grad.abs().max() > 0, name
         torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=1e-6)
+
+
+def test_checkpointed_layers_keep_no_random_state(tmp_path, monkeypatch):
+    """Nothing in them is random. Kept, it would be copied from the GPU and wait for it, in every layer."""
+    asked = []
+    write("dream", tmp_path)
+    model = load_model(str(tmp_path), gradient_checkpointing=True)
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch, "get_rng_state", lambda: asked.append(0) or state)
+    model.body(X, None).sum().backward()
+    assert not asked
 
 
 # ------------------------------------------------------------------------------------------- hub and refusals
@@ -530,6 +645,71 @@ def test_refused_config(what, tmp_path, capfd):
     write(layout, tmp_path)
     edit_config(tmp_path, **changes)
     assert needle in refused(capfd, tmp_path)
+
+
+WIDTHS = {"llada": "d_model", **dict.fromkeys(LAYOUTS[1:], "hidden_size")}
+MIDDLES = {"llada": "mlp_hidden_size", **dict.fromkeys(LAYOUTS[1:], "intermediate_size")}
+DEPTHS = {"llada": "n_layers", **dict.fromkeys(LAYOUTS[1:], "num_hidden_layers")}
+WORDS = {"llada": "embedding_size", **dict.fromkeys(LAYOUTS[1:], "vocab_size")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("names, value", [
+    (DEPTHS, 10**4), (DEPTHS, 10**6), (DEPTHS, 10**12), (DEPTHS, 10**30), (WIDTHS, 64 * 10**6),
+    (WIDTHS, 64 * 10**9), (MIDDLES, 10**9), (MIDDLES, 10**15), (WORDS, 10**8), (WORDS, 10**12),
+    (WORDS, 10**20),
+])
+def test_a_network_far_larger_than_its_files_is_refused_at_once(layout, names, value, tmp_path, capfd):
+    """Nothing of that size is made, nor counted one by one; with the files, and as from a hub without."""
+    write(layout, tmp_path)
+    edit_config(tmp_path, **{names[layout]: value, "layer_types": None})
+    begun = time.process_time()
+    assert re.search("layers in its config|numbers in its files|cannot be loaded", refused(capfd, tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    args = SimpleNamespace(revision=None, L=16, block=16, G=2, prompts=2, eval_rows=4, budget=64, model="it",
+                           S=4, gradient_checkpointing=False, eval_only=False, shard=False,
+                           out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop:
+        models.plan(str(tmp_path), args, torch.device("cpu"))
+    assert stop.value.code == 2 and capfd.readouterr().err.count("\n") == 1
+    assert time.process_time() - begun < 3
+
+
+def test_as_many_layers_as_any_model_has(tmp_path, capfd):
+    """A thousand are counted: it is the weights that lack."""
+    write("a2d-llama", tmp_path)
+    edit_config(tmp_path, num_hidden_layers=300)
+    assert "missing_keys" in refused(capfd, tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin",
+                                  "adapters.safetensors", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_refused_adapter(layout, file, alone, tmp_path, capfd):
+    """Beside the weights of the whole model it would be left out without a word."""
+    write(layout, tmp_path)
+    (tmp_path / file).write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/model"}))
+    if alone:
+        (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "config.json").unlink()
+    assert "merge it" in refused(capfd, tmp_path)
+
+
+def test_refused_adapter_of_the_hub(tmp_path, monkeypatch, capfd):
+    """In a cache, offline: with the weights of a model that is whole, and alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("whole", "alone"):
+        repo, commit = tmp_path / f"models--somebody--{name}", 40 * "c"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        folder = repo / "snapshots" / commit
+        write("dream", folder)
+        (folder / "adapter_config.json").write_text("{}")
+        if name == "alone":
+            (folder / "model.safetensors").unlink()
+            (folder / "config.json").unlink()
+        assert "merge it" in refused(capfd, f"somebody/{name}")
 
 
 @pytest.mark.parametrize("layout", ["llada", "a2d-qwen2"])
@@ -671,6 +851,87 @@ def test_refused_tokenizer(what, tmp_path, capfd):
     assert needle in refused(capfd, tmp_path)
 
 
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATES = {  # each writes the message, too; and what the line must name
+    "nested loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+                     "seconds"),
+    "a loop over pairs of letters": ("{% set m = messages[0].content %}"
+                                     "{% for a in m %}{% for b in m %}{% endfor %}{% endfor %}", "seconds"),
+    "a number without end": ("{{ (10 ** (10 ** 9)) % 7 }}", "seconds"),
+    "a text without end": ("{{ ('x' * 10 ** 11) | length }}", "MemoryError"),
+    "a list without end": ("{{ ([0] * 10 ** 11) | length }}", "MemoryError"),
+    "the date": ("{{ strftime_now('%d %b %Y') }}", "date"),
+    "the date, if there is none": ("{% if not date_string is defined %}{% if strftime_now is defined %}"
+                                   "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+                                   "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+                                   "{{ date_string }}", "date"),
+    "the hour": ("{% if strftime_now('%H') | int < 12 %}Good morning.{% endif %}", "date"),
+    "a random word": ("{{ ['yes', 'no'] | random }}", "random"),
+    "mostly the same word": ("{{ (['yes'] * 10000 + ['no']) | random }}", "random"),
+    "random text": ("{{ lipsum(1) }}", "random"),
+    "an address": ("{{ raise_exception }}", "address"),
+}
+
+
+@pytest.mark.parametrize("what", TEMPLATES)
+def test_refused_template(what, tmp_path, capfd):
+    """Within seconds: it does not end, takes all memory, or says something else another day."""
+    template, needle = TEMPLATES[what]
+    write("dream", tmp_path, special={"chat_template": CHAT})
+    load_model(str(tmp_path))
+    tokenizer_config(chat_template=CHAT + template)(tmp_path)
+    begun = time.process_time(), time.perf_counter()
+    assert needle in refused(capfd, tmp_path)
+    assert time.process_time() - begun[0] < 3 and time.perf_counter() - begun[1] < 60
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content[:40] }}",
+                                      "{{ messages[0].content | truncate(99) }}",
+                                      "{{ messages[0].content | replace('1', '') }}"])
+def test_a_template_that_loses_some_of_the_message_is_refused(template, tmp_path, capfd):
+    write("a2d-llama", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer_config(chat_template=template)(tmp_path)
+    assert "message" in refused(capfd, tmp_path)
+
+
+def test_trying_a_template_draws_nothing_here(tmp_path):
+    before = random.getstate(), torch.get_rng_state()
+    write("dream", tmp_path)
+    load_model(str(tmp_path))
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+REMOVE = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+TOKENIZER_FILES = {  # changes of tokenizer.json
+    "dropout": ({"model": {"dropout": 0.1}}, "random"),
+    "little dropout": ({"model": {"dropout": 1e-6}}, "random"),
+    "all text is lost": ({"normalizer": REMOVE}, "loses"),
+    "digits are lost": ({"normalizer": REMOVE | {"pattern": {"Regex": "[0-9]"}}}, "loses"),
+    "one sign is lost": ({"normalizer": REMOVE | {"pattern": {"String": "*"}}}, "loses"),
+    "words are lost": ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[0-9]+"},
+                                          "behavior": "Removed", "invert": True}}, "loses"),
+    "letters are changed": ({"normalizer": REMOVE | {"pattern": {"String": "3"}, "content": "8"}}, "loses"),
+}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("what", TOKENIZER_FILES)
+def test_refused_tokenizer_file(what, chat, tmp_path, capfd):
+    """It gives other ids for the same text, or not all of a text: with a chat template and without."""
+    changes, needle = TOKENIZER_FILES[what]
+    write("a2d-llama", tmp_path)
+    if not chat:
+        (tmp_path / "chat_template.jinja").unlink()
+    load_model(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    kept = json.loads(file.read_text())
+    for key, value in changes.items():
+        kept[key] = kept[key] | value if key == "model" else value
+    file.write_text(json.dumps(kept))
+    assert needle in refused(capfd, tmp_path)
+
+
 def test_refused_template_file(tmp_path, capfd):
     write("a2d-qwen3", tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ 1 / 0 }}")
@@ -728,3 +989,131 @@ def test_the_trap_works(tmp_path, monkeypatch):
     with pytest.raises(AttributeError):
         AutoConfig.from_pretrained(tmp_path / "hub", trust_remote_code=True)
     (tmp_path / "hub" / "EXECUTED").unlink()
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def peak(work) -> float:
+    """The most memory that torch holds at once while work() runs, beyond what it held before, in GiB."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as found:
+        work()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes)) / 2**30
+
+
+WIDE = {"vocab_size": 8000, "hidden_size": 256}
+HEADS = {  # layout and config: where the head's gradient is most of what an update takes
+    "chunks": ("a2d-llama", WIDE),
+    "chunks, tied": ("a2d-qwen3", WIDE),
+    "chunks of ModernBERT": ("modernbert", WIDE),
+}
+RUNS = [(method, "chunks") for method in METHODS] + [("gdsd", head) for head in HEADS if head != "chunks"]
+
+
+@pytest.mark.parametrize("method, head", RUNS)
+def test_no_run_takes_more_memory_than_predicted(method, head, tmp_path, monkeypatch, with_a_gradient):
+    """From loading to the last evaluation, with several micro-batches in an update."""
+    layout, config = HEADS[head]
+    write(layout, tmp_path / "model", **config)
+    rows = [{"question": f"What is {a} plus {a}?", "ground_truth_answer": str(2 * a)} for a in range(20)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(common, "LOGITS", 2**17)
+    monkeypatch.setattr(models, "LOGITS", 2**17)
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
+    said = []
+    monkeypatch.setattr(models, "predict_memory", recording(models.predict_memory, said))
+    argv = ["--model", tmp_path / "model", "--task", "gsm8k", "--data", tmp_path / "data.json", "--beta", 0.1,
+            *"--prompts 1 --G 4 --L 16 --S 8 --block 8 --budget 150 --eval_rows 2 --updates 2".split(),
+            "--out", tmp_path / "run"]
+    if "beta" not in {field.name for field in dataclasses.fields(importlib.import_module(method).Args)}:
+        argv = [flag for flag in argv if flag not in ("--beta", 0.1)]
+    measured, predicted = peak(lambda: launch(method, *argv)), sum(said[0].values())
+    assert measured <= predicted, said[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("width", [32, 512])
+def test_predicted_logits_are_an_upper_estimate_and_no_fantasy(tied, chunks, width, monkeypatch):
+    """A forward of the whole budget, after another one has left its gradients; and the larger of two
+    rollouts, sampled and greedy."""
+    V, L, rows = 8000, 64, 8
+    for module in (common, models):
+        monkeypatch.setattr(module, "LOGITS", V * (rows * L + 8) // chunks)
+    config = Qwen3Config(
+        vocab_size=V, hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied, is_causal=False, use_cache=False)
+    model = common.Denoiser(Qwen3ForCausalLM(config).eval(), None, V - 1, V - 2, V - 2, (V - 2,), False)
+    settings = dict(L=L, block=16, G=rows, budget=rows * (L + 1), gradient_checkpointing=False, train=True,
+                    reference=False, bf16=False, S=8, rows=rows)
+    parts = models.predict_memory(config, **settings)
+    prompt = torch.randint(V - 9, (1, 1)).expand(rows, 1)
+    target = torch.randint(V - 9, (rows, L))
+    x = torch.cat([prompt, torch.full_like(target, model.mask_id)], 1)
+    x[:, 1] = torch.arange(rows)  # eight canvases
+    where = target >= 0
+
+    def update():
+        common.score(model, x, prompt >= 0, target, where, 0.7).sum().backward()
+
+    update()
+    scored = peak(update)
+    rollouts = [peak(lambda t=t: common.denoise(
+        model, prompt, prompt >= 0, [common.generator("cpu", 0)] * (t > 0), L=L, S=8, block=16,
+        temperature=t)) for t in (0.7, 0.0)]
+    predicted = parts["activations"] + parts["logits"]
+    assert max(scored, *rollouts) <= predicted <= 1.6 * max(scored, *rollouts)
+
+
+SMOLLM2 = dict(model_type="llama", is_causal=False, vocab_size=49152, hidden_size=576, intermediate_size=1536,
+               num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """What plan prints for SmolLM2-135M on a device, with settings changed; and the parts it counts."""
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 2**30, 24 * 2**30))
+
+    def planned(device, **changes):
+        args = dict(model="it", revision=None, L=16, S=8, block=16, G=8, prompts=4, eval_rows=64, budget=4096,
+                    gradient_checkpointing=True, eval_only=False, shard=False, out=str(tmp_path / "run"))
+        models.plan(str(tmp_path), SimpleNamespace(**args | changes), torch.device(device))
+        said = capsys.readouterr().out
+        return said, {part: float(gib) for part, gib in re.findall(r"[(,] ?(\w+) ([\d.]+)", said)}
+
+    return planned
+
+
+def test_no_more_logits_are_predicted_than_there_are_rows(planned):
+    """37 bytes for each of 64 rows, 16 places and 49,152 ids: 1.7 GiB, and not 6.8 for as many rows as a
+    budget of 4096 tokens would hold."""
+    assert planned("cpu")[1]["logits"] == pytest.approx(37 * 64 * 16 * 49152 / 2**30, abs=0.05)
+    many = planned("cpu", eval_rows=1024)[1]["logits"]  # now it is the budget that limits them
+    assert many == pytest.approx(37 * (4096 // 17) * 16 * 49152 / 2**30, abs=0.05)
+
+
+def test_a_gpu_is_not_planned_to_the_brim(planned, monkeypatch):
+    """For fragments, workspaces and NCCL there is a reserve, which counts and is said; a CPU needs none."""
+    said, parts = planned("cuda")
+    assert parts["reserve"] >= 0.5 + 0.1 * parts["logits"] and "reserve: " in said and "NCCL" not in said
+    monkeypatch.setattr(models.parallel, "world", lambda: 2)
+    monkeypatch.setattr(models.parallel, "summed", lambda value, op: value)
+    both, shared = planned("cuda")
+    assert shared["reserve"] == pytest.approx(parts["reserve"] + 1, abs=0.11) and "NCCL" in both
+    need = float(re.search(r"predicted peak: ([\d.]+)", both)[1])
+    assert need == pytest.approx(sum(shared.values()), abs=0.3)
+    monkeypatch.undo()
+    assert "reserve" not in planned("cpu")[0]
+
+
+def test_bf16_on_a_cpu_is_said_at_the_start(planned, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    said, parts = planned("cpu", gradient_checkpointing=False)
+    assert "matrix products in bf16" in said
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    plain, fp32 = planned("cpu", gradient_checkpointing=False)
+    assert "matrix products in bf16" not in plain and parts["activations"] < fp32["activations"]
