@@ -10,12 +10,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import (ROOT, Tabular, evaluated, generators, offer, padded_prompts, recording,
+from helpers import (ROOT, Tabular, evaluated, generators, offer, padded_prompts, recording,
                       sharp_model, toy_task)
-from test_egspo import as_rollout, enumerate_rollouts, relative_error
-from test_gdsd import gradient
-from test_methods import BASELINES, launch, lines
-from test_wd1 import slow_logits, up_to_eos
+from helpers import as_rollout, enumerate_rollouts, relative_error
+from helpers import gradient
+from helpers import BASELINES, launch, lines
+from helpers import slow_logits, up_to_eos
 
 import egspo
 from plumbing import models

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model
+from helpers import TEXTS, Tabular, generators, padded_prompts, sharp_model
 
 import common
 from common import Denoiser, denoise, roll_out

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import evaluated, generators, padded_prompts, sharp_model
+from helpers import evaluated, generators, padded_prompts, sharp_model
 
 import common
 from common import attention, canvas, denoise, distinct, micro_batches, per_step, score

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Tabular, generators, offer, padded_prompts, sharp_model, toy_task
-from test_methods import launch, lines
+from helpers import Tabular, generators, offer, padded_prompts, sharp_model, toy_task
+from helpers import launch, lines
 from torch.nn.functional import cross_entropy
 
 import common

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, global_random_states, sharp_model
+from helpers import ROOT, global_random_states, sharp_model
 
 from common import (countdown_reward, draw_prompts, encode, generator, reward_rows, sudoku_reward,
                     until_eos)
