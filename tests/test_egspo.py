@@ -1,4 +1,4 @@
-"""EGSPO: a whole update against the formula of its docstring, the policy-gradient theorem by exact enumeration,
+"""EGSPO: a whole update against the formula of its docstring; the policy-gradient theorem, by enumeration;
 then each function against its slow or hand-made version."""
 
 import itertools

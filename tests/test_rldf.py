@@ -149,8 +149,9 @@ def test_an_update_has_the_loss_and_the_gradient_of_the_formula(update, float64,
         assert relative_error(gradient(model.network.parameters(), wrong), step.gradient) > 0.02
     roll = seen.roll_out[0][1]
     assert metrics["nfe_rollout"] < (roll.revealed_at < roll.S).sum()  # adaptive: several tokens a step
-    ((_, _, valid, revealed, _), _), hidden = seen.clean_state_mask[0], seen.canvas_logp[0][0][3]
-    fewest, most = (revealed & valid).sum(), (hidden & valid).sum()
+    given = [inputs for inputs, _ in seen.clean_state_mask]
+    fewest = sum((revealed & valid).sum() for _, _, valid, revealed, _ in given)
+    most = sum((hidden & valid).sum() for _, hidden, valid, _, _ in given)
     assert fewest < most and {0.0: count == most, 0.3: fewest < count < most, 2.0: count == fewest}[p_min]
 
 
