@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 METHODS = ("egspo", "rldf", "wd1", "gdsd")
 FOLDERS = ("plumbing", "tasks", "baselines", "benchmarks", "tests")

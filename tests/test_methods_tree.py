@@ -5,8 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import offer, recording, sharp_model, standing_in, toy_task
-from test_methods import METHODS, launch, lines
+from helpers import METHODS, launch, lines, offer, recording, sharp_model, standing_in, toy_task
 
 import common
 from plumbing import models

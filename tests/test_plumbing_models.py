@@ -17,9 +17,8 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import DROP, LAYOUTS, reference_logits, write
-from conftest import recording
+from helpers import METHODS, launch, recording
 from safetensors.torch import load_file
-from test_methods import METHODS, launch
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Qwen3Config,
                           Qwen3ForCausalLM)
 
