@@ -32,7 +32,7 @@ class Digits:  # the tokens 0 to 9; 10 ends an answer, 11 pads, 12 is the mask
     chat_template = None
     def __call__(self, texts, add_special_tokens):
         return {"input_ids": [list(map(int, text)) for text in texts]}
-    def batch_decode(self, rows, skip_special_tokens):
+    def batch_decode(self, rows):
         return ["".join(str(token) for token in row if token < 10) for row in rows]
 
 def reward(text, row):

@@ -79,7 +79,7 @@ def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys,
     assert all(math.isfinite(value) for row in updates for value in row.values())
     most = 16 if method in ("rldf", "baselines.just_grpo") else 4  # at most a step per token
     assert 8 * 2 <= updates[0]["nfe_rollout"] <= 8 * 2 * most
-    readme = (ROOT / "results" / "README.md").read_text()
+    readme = (ROOT / "plumbing" / "README.md").read_text()
     assert [key for key in updates[0] | first if f"`{key}`" not in readme] == []
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     saved = json.loads((out / "args.json").read_text())
