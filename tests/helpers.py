@@ -219,6 +219,7 @@ def launch(method: str, *argv) -> float:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# config.json of a model too large for any test: what it would take is computed.
 LLADA_8B = dict(
     model_type="llada", d_model=4096, mlp_hidden_size=12288, n_layers=32, n_heads=32, n_kv_heads=32,
     rms_norm_eps=1e-5, rope_theta=500000.0, max_sequence_length=4096, include_qkv_bias=False,
