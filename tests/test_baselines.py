@@ -1,5 +1,6 @@
 """diffu-GRPO, ESPO and JustGRPO: whole updates against the formulas of their docstrings, and the tempting
-wrong ones; what is exact by enumeration; the rest by hand. What every method must do is in test_methods.py."""
+wrong ones; what is exact by enumeration; the rest by hand. What every method must do is in
+test_methods.py."""
 
 import dataclasses
 import inspect

@@ -59,9 +59,11 @@ assert not any(map(importlib.util.find_spec, ("plumbing", "tasks", "benchmarks",
 assert not {"tyro", "transformers", "datasets", "matplotlib"} & sys.modules.keys()
 '''
 SHAPE = dict(prompts=4, G=4, L=8, S=4, block=4, minibatches=2, lr=1e-2, seed=3)
-OWN = {"egspo": dict(K=2, beta=0.1, passes=2), "rldf": dict(K=2, threshold=0.3, beta=0.1),
-       "wd1": dict(passes=2), "gdsd": dict(beta=0.1, psi=2.0),
-       "baselines.diffu_grpo": dict(beta=0.1, passes=2), "baselines.espo": dict(beta=0.1), "baselines.just_grpo": dict(beta=0.1)}
+OWN = {
+    "egspo": dict(K=2, beta=0.1, passes=2), "rldf": dict(K=2, threshold=0.3, beta=0.1), "wd1": dict(passes=2),
+    "gdsd": dict(beta=0.1, psi=2.0), "baselines.diffu_grpo": dict(beta=0.1, passes=2),
+    "baselines.espo": dict(beta=0.1), "baselines.just_grpo": dict(beta=0.1),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,8 +78,8 @@ def test_two_files_are_enough_and_do_what_the_plumbing_does(method, tmp_path, mo
     command = [sys.executable, "project.py"]
     done = subprocess.run(command, cwd=here, env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    printed = [dict(re.findall(r"(\w+) (\S+)", line)) for line in done.stdout.splitlines()]
-    assert [float(line["update"]) for line in printed] == [0, 1, 2]
+    printed = [dict(re.findall(r"(\w+) ([^ :]+)", line)) for line in done.stdout.splitlines()]
+    assert [int(line["update"]) for line in printed] == [0, 1, 2]
 
     ours = {}
     exec(PROJECT, ours)
