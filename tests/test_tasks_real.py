@@ -207,7 +207,7 @@ def test_math_verify_that_does_not_work_is_told(monkeypatch):
     monkeypatch.setattr(math_task, "DIED", [])
     monkeypatch.setattr(math_task.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="pip install"):
-        math_reward("\\boxed{3}", {"answer": "3"})
+        math_reward("\\boxed{2+1}", {"answer": "3"})
 
 
 def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
@@ -215,7 +215,7 @@ def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
     row, said = {"answer": "3"}, []
     monkeypatch.setattr(math_task, "DIED", [])
     monkeypatch.setattr(math_task.atexit, "register", said.append)
-    assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
+    assert math_reward("\\boxed{1+2}", row) == (1.0, RIGHT)
     math_task.math_judge().kill()
     math_task.math_judge().wait()
     assert math_reward("\\boxed{2+1}", row) == (1.0, RIGHT) and len(math_task.DIED) == 1
@@ -223,8 +223,8 @@ def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
         for executable in ("true", "/nowhere"):
             patch.setattr(math_task.sys, "executable", executable)
             math_task.math_judge.cache_clear()
-            assert math_reward("\\boxed{3}", row) == (0.0, UNREADABLE)
-    assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
+            assert math_reward("\\boxed{2+1}", row) == (0.0, UNREADABLE)
+    assert math_reward("\\boxed{2+1}", row) == (1.0, RIGHT)
     assert capfd.readouterr() == ("", "")
     assert len(said) == 1 and said[0]() is None
     assert capfd.readouterr() == ("", "math: the judge died 5 times\n")
