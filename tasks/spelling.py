@@ -10,6 +10,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
+SPECIAL = re.compile(r"<\|\w{1,40}\|>")  # of a tokenizer: it may end an answer, and parts what it stands in
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[a-zA-Z]+|[0-9]+|\s+|.", re.DOTALL)
 
 # Commands and signs that mean the same, or nothing.
@@ -61,7 +62,8 @@ def plain(text: str) -> list[str]:
     """The tokens of a text in one spelling: without wrappers, fonts, colours and sizes; one sign for minus and
     times; `$` for currencies and for what encloses a formula; digits in groups of three joined; 1.8e1 as
     1.8*10^{1}. Words of \\text and the like stay one token. A comma alone joins nothing: it may be a list."""
-    text = text.strip()
+    parts = SPECIAL.split(text)
+    text = "".join(parts).strip() if sum(1 for part in parts if part.strip()) < 2 else text.strip()
     for _ in range(8):  # wrappers in wrappers; more than that nobody writes
         for before, after in WRAPPERS:
             if len(text) > len(before + after) and text.startswith(before) and text.endswith(after):
