@@ -31,7 +31,8 @@ def read_number(text: str, counted: str = "") -> Fraction | None:
     sides = [[]]
     for token in plain(text):
         last = "".join(sides[-1][-1:])
-        if token == "=" and last not in ("!", "<", ">") or token == "is" or token == ":" and last[-1:].isalpha():
+        colon = token == ":" and (last[-1:].isalpha() or len(sides) > 1 and not last)  # Total: 18; is: 18
+        if colon or token == "is" or token == "=" and last not in ("!", "<", ">"):
             sides.append([])
         else:
             sides[-1].append(token)

@@ -89,8 +89,6 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
     What is bare behind an answer is a unit ("15 cm^2", "15 people") unless it is a product of the gold
     answer's symbols; behind the gold answer only known units are, and what stands in \\text."""
     tokens = trimmed(joiners([t for t in plain(text)]))
-    while tokens and (tokens[0] == "$" or tokens[0] in CODES and prefix(tokens, 0)):
-        tokens = trimmed(tokens[1:])
     written = [token for token in tokens if token not in (" ", "$")]
     texts = [token for token in written if token.startswith("\\text{")]
     if texts and all(token in texts or token.isalpha() or token in ".,()" for token in written):
@@ -117,13 +115,23 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
 
 
 def trimmed(tokens: list[str]) -> list[str]:
-    """Without spaces and punctuation at the ends."""
+    """Without spaces and punctuation at the ends, nor braces around all."""
     start, end = 0, len(tokens)
-    while start < end and tokens[start] == " ":
-        start += 1
-    while end > start and tokens[end - 1] in (" ", ".", ",", ";"):
-        end -= 1
-    return tokens[start:end]
+    while True:
+        while start < end and tokens[start] in (" ", "$"):
+            start += 1
+        while end > start and tokens[end - 1] in (" ", "$", ".", ",", ";"):
+            end -= 1
+        if end - start < 2 or tokens[start] != "{" or tokens[end - 1] != "}" or start > 4:
+            return tokens[start:end]
+        depth = 0
+        for k in range(start, end):
+            depth += {"{": 1, "}": -1}.get(tokens[k], 0)
+            if depth == 0:
+                break
+        if k < end - 1:
+            return tokens[start:end]
+        start, end = start + 1, end - 1
 
 
 def squeezed(words: str) -> str:
@@ -138,6 +146,8 @@ def joiners(tokens: list[str]) -> list[str]:
         word = token.removeprefix("\\text{").removesuffix("}").strip() if token.startswith("\\text{") else token
         if word.lower() in ("or", "and", "union") or token != word and word in ("i", "e"):
             out.append({"union": "\\cup"}.get(word.lower(), word.lower() if len(word) > 1 else word))
+        elif token in CODES and prefix(tokens, k) and not "".join(out).strip(" $+-"):
+            continue  # US$15
         elif token == "U" and "".join(out).rstrip()[-1:] in (")", "]", "}"):
             out.append("\\cup")
         elif token == "\\backslash" or token == "\\" and tokens[k + 1 : k + 2] == ["\\{"]:
@@ -290,6 +300,7 @@ def latex(tokens: list[str]) -> str:
     return out
 
 
+PAIRS = {"pair", "interval"}
 APART = [{"pair", "tuple", "interval", "relation", "union"}, {"list", "set"}]  # never the same thing
 
 
@@ -311,6 +322,9 @@ def compared(gold: str, answer: str) -> int:
         verdict = UNEQUAL
     elif {right.kind, given.kind} == {"tuple", "relation"}:
         verdict = UNEQUAL
+    elif {right.kind, given.kind} <= PAIRS and right.latex[::len(right.latex) - 1] != given.latex[
+            ::len(given.latex) - 1]:
+        verdict = UNEQUAL  # other brackets
     return verdict
 
 
@@ -336,6 +350,8 @@ def ask(pairs: list[tuple[str, str]]) -> int:
     for gold, answer in pairs:
         right = reading(gold)
         sides = (right, reading(answer, right.symbols))
+        if {side.kind for side in sides} <= PAIRS:  # as an interval (3, 2) would be empty, like (5, 4)
+            sides = [side._replace(latex=f"({side.latex[1:-1]},0)") for side in sides]
         job.append([[side.latex, side.joint, side.parts, bases(side.latex)] for side in sides])
     for _ in range(2):
         try:
