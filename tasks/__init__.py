@@ -31,7 +31,8 @@ class Recipe:
     row: Callable[[dict], dict]  # from the columns of the hub or of a file; ValueError if they cannot be used
     reward: Callable  # (text, row) -> total, {"correct": 0.0 or 1.0, "parse_fail": 0.0 or 1.0, ...}
     draw: Callable = lambda text, row: text.splitlines()[:8]  # (text, row) -> lines for a person
-    sources: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # "train", "test", "validation";
+    sources: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # "train", "test",
+    "validation";
     # "train" alone is split here
     key: Callable[[dict], object] = lambda row: " ".join(row.get("question", row["prompt"]).split())
     # what train and test have no two of in common
@@ -51,7 +52,8 @@ def find(name: str) -> ModuleType:
     try:
         module = imported(Path(name).resolve(strict=True))
     except (Exception, SystemExit) as error:  # it may hold anything
-        raise ValueError(textwrap.shorten(f"cannot load {name}: {type(error).__name__}: {error}", 300)) from error
+        raise ValueError(textwrap.shorten(f"cannot load {name}: {type(error).__name__}: {error}",
+                                          300)) from error
     for made in (getattr(module, "TASK", None), getattr(module, "TINY", None)):
         if not isinstance(made, Recipe | None):
             raise ValueError(f"{name}: TASK and TINY must be a tasks.Recipe, not a {type(made).__name__}")
@@ -125,7 +127,8 @@ def check_reward(recipe: Recipe, rows: list[dict], name: str):
         raise ValueError(textwrap.shorten(f"{name}: {error}", 300)) from error
     except Exception as error:  # of a file of one's own, anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
-        raise ValueError(f'{name}: a reward is (total, {{"correct": ..., "parse_fail": ...}}): {reason}') from error
+        form = '(total, {"correct": ..., "parse_fail": ...})'
+        raise ValueError(f"{name}: a reward is {form}: {reason}") from error
     if answer is not None and correct != 1:
         shown = textwrap.shorten(answer, 100)
         raise ValueError(f"{name}: a right answer earns {found[0]}, so something does not work here: {shown}")
@@ -220,8 +223,8 @@ def read_csv(text: str) -> list[dict]:
     rows = []
     for row in reader:
         if None in row:
-            raise ValueError(f"line {reader.line_num} has more cells than the {len(columns)} columns: text with a "
-                             "comma in it needs quotes")
+            raise ValueError(f"line {reader.line_num} has more cells than the {len(columns)} columns: text with "
+                             "a comma in it needs quotes")
         rows.append(row)
     return rows
 

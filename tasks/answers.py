@@ -1,4 +1,5 @@
-r"""What the answers of several tasks have in common: <answer> tags, \boxed{}, code blocks. Their spelling is in spelling.py."""
+r"""What the answers of several tasks have in common: <answer> tags, \boxed{},
+code blocks. Their spelling is in spelling.py."""
 
 import re
 import textwrap
@@ -35,8 +36,9 @@ LANGUAGE = re.compile(r"(?:python|py)[0-9.]{0,6}(?![a-z])", re.IGNORECASE)
 
 
 def code_block(text: str) -> str:
-    """The first block fenced as Python (```python, ```py, ``` Python3, ~~~python); one that the end of the text
-    cuts off counts. It ends at a line that begins with the fence; if there is none, where a line ends in it."""
+    """The first block fenced as Python (```python, ```py, ``` Python3, ~~~python); one that the end of the
+    text cuts off counts. It ends at a line that begins with the fence; if there is none,
+    where a line ends in it."""
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
         at, fence = min((line.find(mark) % (len(line) + 1), mark) for mark in ("```", "~~~"))

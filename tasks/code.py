@@ -33,14 +33,15 @@ def code_row(raw: dict) -> dict:
     own = next((raw[name] for name in SOLUTIONS if isinstance(raw.get(name), str) and raw[name].strip()), "")
     if own and "entry_point" in raw:  # HumanEval's is the body
         own = f"{raw['prompt']}{own}"
-    return {"solution": own, "prompt": f"{shown}\n{CODE}", "question": asked.partition("\nYour code should pass")[0],
+    return {"solution": own, "prompt": f"{shown}\n{CODE}",
+            "question": asked.partition("\nYour code should pass")[0],
             "answer": tests[0].splitlines()[-1], "head": head,
             "tests": [f"{setup}\n{test}" for test in tests]}  # again: a program may redefine its head
 
 
 def code_flawed(rows: list[dict]) -> list[str]:
-    """For each row why nothing can be learned from it, "" if something can: its tests pass for any program, or
-    for none."""
+    """For each row why nothing can be learned from it, "" if something can: its tests pass for any program,
+    or for none."""
     if run_tests("x = 1", ["assert x == 1", "assert x == 2"]) != [True, False]:
         raise ValueError("the sandbox passes no right program here, or a wrong one")
     missing = not_importable(rows)
@@ -48,7 +49,8 @@ def code_flawed(rows: list[dict]) -> list[str]:
             or not all(map(asserts, row["tests"])) and "a test of it asserts nothing"
             or absent and f"its tests need what the sandbox does not have: {absent}"
             or failed and "its own solution fails its tests" or ""
-            for row, free, absent, failed in zip(rows, code_free(rows), missing, own_failed(rows), strict=True)]
+            for row, free, absent, failed in zip(rows, code_free(rows), missing, own_failed(rows),
+                                                 strict=True)]
 
 
 def code_free(rows: list[dict]) -> list[bool]:

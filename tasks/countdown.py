@@ -17,7 +17,7 @@ import numpy as np
 from common import countdown_reward, value_of, without_result
 from tasks import Recipe, column, hub, listed
 from tasks.answers import TAGS, between_tags, draw_text
-from tasks.spelling import plain
+from tasks.spelling import plain, trimmed
 
 COUNTDOWN = ("Write an arithmetic expression that equals {}. Use each of the numbers {} exactly once, with "
              "+, -, *, / and parentheses. The answer is the expression alone, such as 2 * (7 - 3).")
@@ -60,7 +60,7 @@ def expression(text: str) -> str:
     makes sense; what is no sign of an expression stays as it is."""
     text = " ".join(text.split())
     out, closing, due, before = [], [], [], ""  # due: what closes the next groups of each \frac
-    for token in plain(text) if len(text) <= 400 else []:
+    for token in trimmed(plain(text)) if len(text) <= 400 else []:
         if token == "\\frac":
             out.append("(")
             due.append([")/", "))"])

@@ -26,10 +26,9 @@ def read_number(text: str, counted: str = "") -> Fraction | None:
     r"""The number in a text such as "$1,450,000", "10 + 8 = 18", "36/2", "18½" or "12\text{ m}^2", exactly.
     None if there is none or another ("18 or 19", "17 = 18"), or there may be more to it ("x^{18}", "not 18").
     counted: a word such as "dozens" that the question asks for, so that it is a unit."""
-    if len(text) > LENGTH:
-        return None
+    tokens = plain(text) if len(text) <= LENGTH else []
     sides = [[]]
-    for token in plain(text):
+    for token in tokens if len(tokens) <= LENGTH else []:
         last = "".join(sides[-1][-1:])
         colon = token == ":" and (last[-1:].isalpha() or len(sides) > 1 and not last)  # Total: 18; is: 18
         if colon or token == "is" or token == "=" and last not in ("!", "<", ">"):

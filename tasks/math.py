@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tasks import Recipe, hub, written
 from tasks.answers import BOXED, boxed, draw_text
-from tasks.spelling import CODES, NO_UNIT, POWERS, decimal, plain, prefix, quantity
+from tasks.spelling import CODES, NO_UNIT, POWERS, decimal, plain, prefix, quantity, trimmed
 
 LENGTH = 500  # characters of an answer that is read
 EQUAL, UNEQUAL, UNREADABLE = 10, 11, 12  # what a judge ends with
@@ -35,8 +35,8 @@ def math_row(raw: dict) -> dict:
 
 
 def unreadable(rows: list[dict]) -> list[str]:
-    """For each row why its answer cannot be read, "" if it can: no answer would ever be right. What is a number
-    or words is clear at a glance; the rest the judge reads, many at once, and in halves if one fails."""
+    """For each row why its answer cannot be read, "" if it can: no answer would ever be right. What is a
+    number or words is clear at a glance; the rest the judge reads, many at once, and in halves if one fails."""
     golds = [row["answer"] for row in rows]
     math_judge()  # it must work, though these answers may not need it
     unclear = [k for k, gold in enumerate(golds) if reading(gold).number is None and not reading(gold).words]
@@ -51,7 +51,8 @@ def unreadable(rows: list[dict]) -> list[str]:
 
 
 def math_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
-    r"""1 if what is in the last \boxed{} equals the answer: as exact numbers, as words, or by math-verify. What
+    r"""1 if what is in the last \boxed{} equals the answer: as exact numbers, as words,
+    or by math-verify. What
     has more than 500 characters or needs more than 2 CPU seconds or 1 GiB to judge counts as unreadable."""
     answer = boxed(text)
     verdict = judged(row["answer"], answer) if answer and len(answer) <= LENGTH else UNREADABLE
@@ -88,7 +89,9 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
 
     What is bare behind an answer is a unit ("15 cm^2", "15 people") unless it is a product of the gold
     answer's symbols; behind the gold answer only known units are, and what stands in \\text."""
-    tokens = trimmed(joiners([t for t in plain(text)]))
+    tokens = trimmed(joiners(plain(text)))
+    if len(tokens) > LENGTH:  # half of them are not ASCII
+        return Reading("", None, "", "other", (), "", frozenset())
     written = [token for token in tokens if token not in (" ", "$")]
     texts = [token for token in written if token.startswith("\\text{")]
     if texts and all(token in texts or token.isalpha() or token in ".,()" for token in written):
@@ -102,7 +105,8 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
     tokens = numbers_exact(tokens)
     letters = frozenset(c for token in tokens if token.isalpha() and token not in FUNCTIONS for c in token)
     joint, parts = divided(tokens)
-    if parts and all(kind_of(part) in ("pair", "interval", "union", "set") for part in parts) and joint == "or":
+    if parts and all(kind_of(part) in ("pair", "interval", "union",
+                                       "set") for part in parts) and joint == "or":
         tokens = [token for part in parts for token in ("\\cup ", *part)][1:]
         parts = []
     elif not parts or not all(kind_of(part) == "relation" for part in parts):
@@ -112,26 +116,6 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
         tokens = trimmed(tokens[1:-1])
         kind = kind_of(tokens)
     return Reading(latex(tokens), number, "", kind, tuple(map(latex, parts)), joint if parts else "", letters)
-
-
-def trimmed(tokens: list[str]) -> list[str]:
-    """Without spaces and punctuation at the ends, nor braces around all."""
-    start, end = 0, len(tokens)
-    while True:
-        while start < end and tokens[start] in (" ", "$"):
-            start += 1
-        while end > start and tokens[end - 1] in (" ", "$", ".", ",", ";"):
-            end -= 1
-        if end - start < 2 or tokens[start] != "{" or tokens[end - 1] != "}" or start > 4:
-            return tokens[start:end]
-        depth = 0
-        for k in range(start, end):
-            depth += {"{": 1, "}": -1}.get(tokens[k], 0)
-            if depth == 0:
-                break
-        if k < end - 1:
-            return tokens[start:end]
-        start, end = start + 1, end - 1
 
 
 def squeezed(words: str) -> str:
@@ -146,9 +130,9 @@ def joiners(tokens: list[str]) -> list[str]:
         word = token.removeprefix("\\text{").removesuffix("}").strip() if token.startswith("\\text{") else token
         if word.lower() in ("or", "and", "union") or token != word and word in ("i", "e"):
             out.append({"union": "\\cup"}.get(word.lower(), word.lower() if len(word) > 1 else word))
-        elif token in CODES and prefix(tokens, k) and not "".join(out).strip(" $+-"):
+        elif token in CODES and prefix(tokens, k) and set(out[-9:]) <= {" ", "$", "+", "-"}:
             continue  # US$15
-        elif token == "U" and "".join(out).rstrip()[-1:] in (")", "]", "}"):
+        elif token == "U" and [*filter(" ".__ne__, out[-2:])][-1:] in ([")"], ["]"], ["\\}"]):
             out.append("\\cup")
         elif token == "\\backslash" or token == "\\" and tokens[k + 1 : k + 2] == ["\\{"]:
             out.append("\\setminus")
@@ -181,7 +165,8 @@ def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]
             return False
         if len(word) == 1:  # behind a slash, or 15 m; never beside other symbols
             return tokens[k - 1 : k] == ["/"] or word in "mhsgL" and not symbols and tokens[k - 1 : k] == [" "]
-        return len(word) > 2 and tokens[k - 1 : k] in ([" "], ["/"]) and bool(set("aeiouy") & set(word.lower()))
+        return len(word) > 2 and tokens[k - 1 : k] in ([" "],
+                                                       ["/"]) and bool(set("aeiouy") & set(word.lower()))
 
     while end:
         token = tokens[end - 1]
@@ -282,8 +267,8 @@ def latex(tokens: list[str]) -> str:
     """The tokens as text: a command parted from a letter, i as the imaginary unit, an exponent in braces."""
     out, ends = "", []  # ends: braces open before \\frac in an exponent
     index = bool({"\\sum", "\\prod", "_"} & set(tokens))
-    for k, token in enumerate("I" if token == "i" and not index else token for token in tokens):
-        if token == "\\frac" and "".join(tokens[:k][-2:]).rstrip()[-1:] == "^":
+    for token in ("I" if token == "i" and not index else token for token in tokens):
+        if token == "\\frac" and out[-2:].rstrip().endswith("^"):
             out, ends = out + "{", [*ends, 2]
         out += " " if out and token[0].isalpha() and out[-1].isalpha() else ""
         out += token
@@ -438,9 +423,11 @@ def judge_math():
     for gold, answer, expected in (
             (r"\frac{1}{2}x", r"\frac{2x}{4}", 10), ("x^2+1", "x+1", 11), ("[0,1)", r"\{1,\sqrt{2}\}", 11),
             ("(1,2,3)", "(1,3,2)", 11), ("1,-2", "-2,1", 10), (r"(0,9)\cup(9,36)", r"(9,36]\cup(0,9)", 11),
-            (r"(0,\frac{\pi}{2}]", r"0<x\le\frac{\pi}{2}", 10), (r"3\pm2\sqrt{2}", r"3+\sqrt{8},3-\sqrt{8}", 10),
+            (r"(0,\frac{\pi}{2}]", r"0<x\le\frac{\pi}{2}", 10),
+            (r"3\pm2\sqrt{2}", r"3+\sqrt{8},3-\sqrt{8}", 10),
             (r"\begin{pmatrix}1\\-2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", 11),
-            ("6-5I", "6+5I", 11), ("y=2x+3", "y=3+2x", 10), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", 10)):
+            ("6-5I", "6+5I", 11), ("y=2x+3", "y=3+2x", 10),
+            (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", 10)):
         assert verdict([gold, "", [], []], [answer, "", [], []]) == expected
     print("ready", flush=True)
     for line in sys.stdin:

@@ -6,6 +6,7 @@ r"""How people and models spell numbers and mathematics, brought to one spelling
 All is read from left to right, token by token: the time is linear in the length of the text, whatever it is.
 """
 
+import functools
 import re
 import unicodedata
 from fractions import Fraction
@@ -44,6 +45,7 @@ SIGNS = {"−": "-", "–": "-", "‒": "-", "—": "-", "﹣": "-", "×": "*", 
          "\u2062": "", "\ufeff": "", "′": "'"}
 
 
+@functools.lru_cache(1024)
 def spelled(character: str) -> str:
     """A sign that is not ASCII as LaTeX; what has no such spelling stays as it is."""
     if character in SIGNS:
@@ -145,7 +147,8 @@ def arranged(tokens: list[str]) -> list[str]:
             elif kind == "text":
                 words = "".join(inside)
                 formula = any(token[0] == "\\" for token in inside)  # \\mathrm{\\pi}
-                out[start:] = [f"\\text{{{words}}}"] if any(map(str.isalpha, words)) and not formula else inside
+                out[start:] = [f"\\text{{{words}}}"] if any(map(str.isalpha,
+                                                                words)) and not formula else inside
             elif kind == "keep" and inside == ["{", "\\circ"]:
                 out[start:] = ["\\circ"]
             elif kind in ("keep", "argument"):
@@ -190,6 +193,26 @@ def arranged(tokens: list[str]) -> list[str]:
         else:
             out.append(token)
     return out
+
+
+def trimmed(tokens: list[str]) -> list[str]:
+    """Without spaces and punctuation at the ends, nor braces around all."""
+    start, end = 0, len(tokens)
+    while True:
+        while start < end and tokens[start] in (" ", "$"):
+            start += 1
+        while end > start and tokens[end - 1] in (" ", "$", ".", ",", ";"):
+            end -= 1
+        if end - start < 2 or tokens[start] != "{" or tokens[end - 1] != "}" or start > 4:
+            return tokens[start:end]
+        depth = 0
+        for last in range(start, end):
+            depth += {"{": 1, "}": -1}.get(tokens[last], 0)
+            if depth == 0:
+                break
+        if last < end - 1:
+            return tokens[start:end]
+        start, end = start + 1, end - 1
 
 
 # ------------------------------------------------------------------------------------------------ quantities
@@ -256,11 +279,13 @@ def quantity(tokens: list[str], letters: bool = True, counted: str = "") -> Frac
 def prefix(tokens: list[str], i: int) -> bool:
     """Whether a currency's letters stand before an amount: US$18, USD 18, Rs. 18."""
     after = tokens[i + 1 : i + 4]
-    return after[:1] == ["$"] or len(tokens[i]) != 1 and tokens[i] in CODES - {"US", "CA", "AU", "HK", "NZ"} and any(
+    return after[:1] == ["$"] or len(tokens[i]) != 1 and tokens[i] in CODES - {"US", "CA", "AU", "HK",
+                                                                               "NZ"} and any(
         token.isdigit() for token in after)
 
 
-def scaled(value: Fraction, word: str, counted: str, words: int, letters: bool, text: bool) -> Fraction | None:
+def scaled(value: Fraction, word: str, counted: str, words: int, letters: bool,
+           text: bool) -> Fraction | None:
     """`value` of what `word` says: itself for a unit; None if it may be another number."""
     lower = word.lower()
     if lower in NO_UNIT or ORDINAL.fullmatch(lower):

@@ -83,7 +83,8 @@ def sudoku_draw(text: str, row: dict) -> list[str]:
     board = "".join(text.split())
     if len(board) != 16 or not board.isprintable():
         return [f"{row['puzzle']} -> {text[:40]!r} (not 16 digits)"]
-    solution = board if sudoku_reward(text, row)[1]["correct"] else row["solution"]  # a board may have several
+    solution = board if sudoku_reward(text,
+                                      row)[1]["correct"] else row["solution"]  # a board may have several
     lines = []
     for r in range(0, 16, 4):
         asked = " ".join(row["puzzle"][r : r + 4]).replace("0", "·")
@@ -104,7 +105,8 @@ def sudoku_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     return sudoku_reward(board_in(between_tags(text)), row)
 
 
-GRID = {" ", "$", "|", "-", "+", ",", ";", ".", "&", "[", "]", "{", "}", "(", ")", "\\\\", "\\hline", "\\mid", "\\vert"}
+GRID = {" ", "$", "|", "-", "+", ",", ";", ".", "&", "[", "]", "{", "}", "(", ")", "\\\\", "\\hline",
+        "\\mid", "\\vert"}
 
 
 def board_in(text: str) -> str:
