@@ -1,7 +1,8 @@
 r"""Which spellings of the right answers earn their reward, and which wrong ones do.
 
 Every gold answer of MATH-500 and of GSM8K's test set is given as its own answer and in some 20 other
-spellings, each of which must stay equal, or unequal. Printed is how many were judged as they must be, and what was not.
+spellings, each of which must stay equal, or unequal. Printed is how many were judged as they must be, and
+what was not.
 
     python benchmarks/spellings.py                      minutes
     python benchmarks/spellings.py --tree OTHER         the rewards of another checkout
@@ -153,7 +154,8 @@ def main():
                 wrong += [] if earned == right else [(kind, gold, answer)]
         milliseconds = (time.perf_counter() - start) / sum(tried.values()) * 1000
         print(f"{name}: {len(golds[:: args.every])} answers; right spellings that earn {held[True]} of "
-              f"{tried[True]}, wrong ones that do not {held[False]} of {tried[False]}; {milliseconds:.2f} ms each")
+              f"{tried[True]}, wrong ones that do not {held[False]} of {tried[False]}; "
+              f"{milliseconds:.2f} ms each")
         for kind, number in Counter(kind for kind, *_ in wrong).most_common(args.show):
             gold, answer = next((gold, answer) for other, gold, answer in wrong if other == kind)
             print(f"    {number} x {kind}: {gold} | {answer}")

@@ -139,10 +139,15 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
     rows, wrong = {}, {}
     for number, raw in enumerate(raws, 1):
         try:
-            rows[number] = recipe.row(raw)
-            json.dumps(rows[number], ensure_ascii=False).encode()  # no tokenizer takes half a character
+            row = recipe.row(raw)
+            if not isinstance(row["prompt"], str):
+                raise ValueError("its prompt is not text")
+            recipe.key(row)
+            json.dumps(row, ensure_ascii=False).encode()  # no tokenizer takes half a character
+            rows[number] = row
         except Exception as error:  # a row may hold anything
-            wrong[number] = textwrap.shorten(str(error), 160)
+            missing = "it lacks " if isinstance(error, KeyError) else ""
+            wrong[number] = textwrap.shorten(f"{missing}{error}", 160)
     try:
         flaws = recipe.flawed(list(rows.values()))
     except RuntimeError as error:  # what judges them does not work here
@@ -223,8 +228,8 @@ def read_csv(text: str) -> list[dict]:
     rows = []
     for row in reader:
         if None in row:
-            raise ValueError(f"line {reader.line_num} has more cells than the {len(columns)} columns: text with "
-                             "a comma in it needs quotes")
+            raise ValueError(f"line {reader.line_num} has more cells than the {len(columns)} columns: "
+                             "text with a comma in it needs quotes")
         rows.append(row)
     return rows
 

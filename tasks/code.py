@@ -1,6 +1,7 @@
 """What MBPP and HumanEval share: rows with tests, and the share of them that a program passes."""
 
 import ast
+import warnings
 
 from tasks import column, listed
 from tasks.answers import code_block
@@ -28,8 +29,9 @@ def code_row(raw: dict) -> dict:
         shown = asked if "assert" in asked else f"{asked}\nYour code should pass:\n" + "\n".join(tests)
     if not tests:
         raise ValueError("no tests")
-    for source in (head, setup, *tests):
-        compile(source, "<test>", "exec")
+    with warnings.catch_warnings(action="ignore"):
+        for source in (head, setup, *tests):
+            compile(source, "<test>", "exec")
     own = next((raw[name] for name in SOLUTIONS if isinstance(raw.get(name), str) and raw[name].strip()), "")
     if own and "entry_point" in raw:  # HumanEval's is the body
         own = f"{raw['prompt']}{own}"

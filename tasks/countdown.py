@@ -151,7 +151,7 @@ def countdown_draw(text: str, row: dict) -> list[str]:
 
 PROBLEMS = {part: lambda part=part: countdown_split()[part] for part in ("train", "test", "validation")}
 def solution(row: dict) -> str | None:
-    """An expression that hits the target, found by trying; None if there is none, or more than four numbers."""
+    """An expression that hits the target, by trying; None without one, or for five numbers."""
     def search(terms: list[tuple[Fraction, str]]) -> str | None:
         if len(terms) == 1:
             return terms[0][1] if terms[0][0] == int(row["answer"]) else None

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tasks import Recipe, hub, written
 from tasks.answers import BOXED, boxed, draw_text
-from tasks.spelling import CODES, NO_UNIT, POWERS, decimal, plain, prefix, quantity, trimmed
+from tasks.spelling import CODES, NO_UNIT, POWERS, decimal, in_text, plain, prefix, quantity, trimmed
 
 LENGTH = 500  # characters of an answer that is read
 EQUAL, UNEQUAL, UNREADABLE = 10, 11, 12  # what a judge ends with
@@ -36,7 +36,7 @@ def math_row(raw: dict) -> dict:
 
 def unreadable(rows: list[dict]) -> list[str]:
     """For each row why its answer cannot be read, "" if it can: no answer would ever be right. What is a
-    number or words is clear at a glance; the rest the judge reads, many at once, and in halves if one fails."""
+    number or words is clear at a glance; the rest the judge reads, many at once, in halves if one fails."""
     golds = [row["answer"] for row in rows]
     math_judge()  # it must work, though these answers may not need it
     unclear = [k for k, gold in enumerate(golds) if reading(gold).number is None and not reading(gold).words]
@@ -75,10 +75,10 @@ class Reading(NamedTuple):
     symbols: frozenset[str]  # letters that stand for something
 
 
-FUNCTIONS = set("""sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp lim max min sup inf
-    gcd lcm mod det dim deg arg ker sqrt frac pi infinity infty""".split())
-UNITS = set("""mm cm dm km nm ft in yd mi kg mg lb lbs oz ml mL cl hr hrs min sec ms mph kph sq cu cc pt qt rad
-    deg rpm psi Hz kHz MHz kW kWh kJ kN Pa kPa eV mol gal mils pts""".split()) | CODES - {"A", "C"}
+FUNCTIONS = set("""sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp lim max min
+    sup inf gcd lcm mod det dim deg arg ker sqrt frac pi infinity infty""".split())
+UNITS = CODES | set("""mm cm dm km nm ft in yd mi kg mg lb lbs oz ml mL cl hr hrs min sec ms mph kph sq cu
+    cc pt qt rad deg rpm psi Hz kHz MHz kW kWh kJ kN Pa kPa eV mol gal mils pts""".split())
 RELATIONS = {"<", ">", "\\le", "\\ge", "\\ne", "\\in"}
 OPEN, CLOSE = {"(", "[", "\\{"}, {")", "]", "\\}"}
 
@@ -95,8 +95,7 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
     written = [token for token in tokens if token not in (" ", "$")]
     texts = [token for token in written if token.startswith("\\text{")]
     if texts and all(token in texts or token.isalpha() or token in ".,()" for token in written):
-        words = "".join(token.removeprefix("\\text{").removesuffix("}") if token in texts else token
-                        for token in tokens)
+        words = "".join(in_text(token) or token for token in tokens)
         return Reading("", None, squeezed(words), "words", (), "", frozenset())
     tokens = without_unit([" " if token == "$" else token for token in tokens], symbols)
     number = None if "%" in tokens else quantity(tokens, letters=False) if not bare_words(tokens) else None
@@ -127,10 +126,10 @@ def joiners(tokens: list[str]) -> list[str]:
     r"""\text{ or } as or, \text{i} as i; U between intervals and "union" as \cup."""
     out = []
     for k, token in enumerate(tokens):
-        word = token.removeprefix("\\text{").removesuffix("}").strip() if token.startswith("\\text{") else token
+        word = in_text(token).strip() or token
         if word.lower() in ("or", "and", "union") or token != word and word in ("i", "e"):
             out.append({"union": "\\cup"}.get(word.lower(), word.lower() if len(word) > 1 else word))
-        elif token in CODES and prefix(tokens, k) and set(out[-9:]) <= {" ", "$", "+", "-"}:
+        elif prefix(tokens, k) and set(out[-9:]) <= {" ", "$", "+", "-"}:
             continue  # US$15
         elif token == "U" and [*filter(" ".__ne__, out[-2:])][-1:] in ([")"], ["]"], ["\\}"]):
             out.append("\\cup")
@@ -152,7 +151,7 @@ def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]
     def is_unit(k: int) -> bool:
         word = tokens[k]
         if word.startswith("\\text{"):
-            found = re.findall("[a-zA-Z]+", word.removeprefix("\\text{"))
+            found = re.findall("[a-zA-Z]+", in_text(word))
             return bool(found) and not NO_UNIT & {each.lower() for each in found} and not any(
                 c in word for c in "0123456789=+<>")
         if not word.isalpha() or not word.isascii() or word in FUNCTIONS or word.lower() in NO_UNIT:
@@ -164,7 +163,8 @@ def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]
         if symbols is None:
             return False
         if len(word) == 1:  # behind a slash, or 15 m; never beside other symbols
-            return tokens[k - 1 : k] == ["/"] or word in "mhsgL" and not symbols and tokens[k - 1 : k] == [" "]
+            metres = word in "mhsgL" and not symbols and tokens[k - 1 : k] == [" "]
+            return tokens[k - 1 : k] == ["/"] or metres
         return len(word) > 2 and tokens[k - 1 : k] in ([" "],
                                                        ["/"]) and bool(set("aeiouy") & set(word.lower()))
 
@@ -179,8 +179,7 @@ def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]
         elif token == "/" and units:
             end -= 1
         elif is_unit(end - 1):
-            word = token.removeprefix("\\text{").removesuffix("}")
-            for each in re.findall("[a-z]+", word.lower()):
+            for each in re.findall("[a-z]+", (in_text(token) or token).lower()):
                 scale = POWERS.get(each, POWERS.get(each.removesuffix("s"), 1))
                 if scale < 1:
                     return tokens
@@ -315,7 +314,7 @@ def compared(gold: str, answer: str) -> int:
 
 def answer_words(answer: str) -> str:
     """The words of an answer, in \\text or bare; "" if there is more to it."""
-    words = "".join(token.removeprefix("\\text{").removesuffix("}") for token in plain(answer) if token != "$")
+    words = "".join(in_text(token) or token for token in plain(answer) if token != "$")
     return words if all(c.isalnum() or c in " .,()'" or c == "-" and before.isalnum()
                         for before, c in zip(" " + words, words, strict=False)) else ""
 

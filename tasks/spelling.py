@@ -61,8 +61,8 @@ def spelled(character: str) -> str:
 
 
 def plain(text: str) -> list[str]:
-    """The tokens of a text in one spelling: without wrappers, fonts, colours and sizes; one sign for minus and
-    times; `$` for currencies and for what encloses a formula; digits in groups of three joined; 1.8e1 as
+    """The tokens of a text in one spelling: without wrappers, fonts, colours and sizes; one sign for minus
+    and times; `$` for currencies and for what encloses a formula; digits in groups of three joined; 1.8e1 as
     1.8*10^{1}. Words of \\text and the like stay one token. A comma alone joins nothing: it may be a list."""
     parts = SPECIAL.split(text)
     text = "".join(parts).strip() if sum(1 for part in parts if part.strip()) < 2 else text.strip()
@@ -79,26 +79,23 @@ def joined(tokens: list[str]) -> list[str]:
     out, i = [], 0
     while i < len(tokens):
         token, i = tokens[i], i + 1
-        if token.isdigit() and token.isascii():
-            after_point = out[-1:] == ["."] and len(out) > 1 and out[-2].isdigit()
-            while len(token) <= 3 or token != tokens[i - 1]:  # further groups, after a first of at most three
-                end = separator(tokens, i)
-                if after_point or end == i or len(tokens[end : end + 1] + [""]) < 2:
-                    break
-                if not (tokens[end].isdigit() and len(tokens[end]) == 3):
-                    break
-                if tokens[end + 1 : end + 2] == ["/"] and tokens[i].isspace():  # 18 100/200
-                    break
+        decimals = out[-1:] == ["."] and out[-2:-1] != [] and out[-2].isdigit()
+        if token.isdigit() and token.isascii() and len(token) <= 3 and not decimals:
+            while (end := separator(tokens, i)) > i and three_digits(tokens, end) and not (
+                    tokens[i].isspace() and tokens[end + 1 : end + 2] == ["/"]):  # 18 100/200
                 token, i = token + tokens[end], end + 1
         out.append(token)
         if token in ("e", "E") and out[-2:-1] and out[-2].isdigit():
             sign = tokens[i] if tokens[i : i + 1] in (["-"], ["+"]) else ""
-            power = tokens[i + len(sign) : i + len(sign) + 1]
-            after = (tokens[i + len(sign) + 1 : i + len(sign) + 2] + [" "])[0]
-            if power and power[0].isdigit() and len(power[0]) <= 2 and not (after.isalnum()):
-                out[-1:] = ["*", "10", "^", "{", *([sign] if sign == "-" else []), power[0], "}"]
+            power, after = (tokens[i + len(sign) : i + len(sign) + 2] + ["", ""])[:2]
+            if power.isdigit() and len(power) <= 2 and not after.isalnum():
+                out[-1:] = ["*", "10", "^", "{", *sign.replace("+", ""), power, "}"]
                 i += len(sign) + 1
     return out
+
+
+def three_digits(tokens: list[str], i: int) -> bool:
+    return i < len(tokens) and len(tokens[i]) == 3 and tokens[i].isdigit()
 
 
 def separator(tokens: list[str], i: int) -> int:
@@ -224,11 +221,13 @@ POWERS |= {word: Fraction(1, n) for n, word in enumerate(
     ("third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"), 3)}
 LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}  # not m: metres
 # Words that make another number of what stands before them, or a second one: never a unit.
-NO_UNIT = set("""and or nor not plus minus times over divided by point to than squared cubed factorial half union
-    between except without mod modulo if unless score gross grand thou mil percentage zero one two three four
-    five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety""".split())
+NO_UNIT = set("""and or nor not plus minus times over divided by point to than squared cubed factorial half
+    union between except without mod modulo if unless score gross grand thou mil percentage
+    zero one two three four five six seven eight nine ten eleven twelve
+    twenty thirty forty fifty sixty seventy eighty ninety""".split())
 ORDINAL = re.compile(r"(?:.{0,20}(?:dred|sand|llion|teen|tie)|twelf|eleven)ths?")
-CODES = set("USD EUR GBP JPY INR CAD AUD CNY RMB CHF HKD NZD SGD MXN BRL KRW US A C CA AU HK NZ Rs RS".split())
+CODES = set("USD EUR GBP JPY INR CAD AUD CNY RMB CHF HKD NZD SGD MXN BRL KRW Rs RS".split())
+COUNTRIES = {"US", "A", "C", "CA", "AU", "HK", "NZ", "S"}  # before a $ alone
 
 
 def quantity(tokens: list[str], letters: bool = True, counted: str = "") -> Fraction | None:
@@ -236,7 +235,7 @@ def quantity(tokens: list[str], letters: bool = True, counted: str = "") -> Frac
     or may be another. letters: 18k is 18000. counted: what is asked for ("dozens"), so a unit."""
     i, sign, size = 0, "", len(tokens)
     while i < size and (tokens[i] in (" ", "$", "(", "{") or tokens[i] in "+-" and not sign
-                        or tokens[i] in CODES and prefix(tokens, i)):
+                        or prefix(tokens, i)):
         sign = tokens[i] if tokens[i] in "+-" else sign
         i += 1 + (tokens[i] == "Rs" and tokens[i + 1 : i + 2] == ["."])
     value, i = number(tokens, i)
@@ -245,7 +244,7 @@ def quantity(tokens: list[str], letters: bool = True, counted: str = "") -> Frac
     attached, words = True, 0
     while i < size:
         token = tokens[i]
-        word = token.removeprefix("\\text{").removesuffix("}") if token.startswith("\\text{") else ""
+        word = in_text(token)
         i += 1
         if token == " ":
             attached = False
@@ -278,10 +277,14 @@ def quantity(tokens: list[str], letters: bool = True, counted: str = "") -> Frac
 
 def prefix(tokens: list[str], i: int) -> bool:
     """Whether a currency's letters stand before an amount: US$18, USD 18, Rs. 18."""
-    after = tokens[i + 1 : i + 4]
-    return after[:1] == ["$"] or len(tokens[i]) != 1 and tokens[i] in CODES - {"US", "CA", "AU", "HK",
-                                                                               "NZ"} and any(
-        token.isdigit() for token in after)
+    if tokens[i] in COUNTRIES:
+        return tokens[i + 1 : i + 2] == ["$"]
+    return tokens[i] in CODES and any(token.isdigit() for token in tokens[i + 1 : i + 4])
+
+
+def in_text(token: str) -> str:
+    r"""What is in the braces of \text{...}, in one token; "" for any other token."""
+    return token[6:-1] if token.startswith("\\text{") else ""
 
 
 def scaled(value: Fraction, word: str, counted: str, words: int, letters: bool,
@@ -396,7 +399,7 @@ def ratio(tokens: list[str], i: int, depth: int) -> tuple[Fraction | None, int]:
             parts.append(-part if minus else part)
             k += 1
         return (parts[0] / parts[1], k) if parts[1] else (None, i)
-    if i and tokens[i - 1] == " " and i + 2 < len(tokens) and tokens[i].isdigit() and tokens[i + 1] == "/" and (
-            tokens[i + 2].isdigit() and int(tokens[i + 2][:300])):
-        return Fraction(int(tokens[i][:300]), int(tokens[i + 2][:300])), i + 3
+    above, slash, below = (tokens[i : i + 3] + ["", "", ""])[:3]
+    if tokens[i - 1 : i] == [" "] and above.isdigit() and slash == "/" and below.isdigit():
+        return (Fraction(int(above), int(below)), i + 3) if int(below) else (None, i)
     return None, i

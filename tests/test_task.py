@@ -102,7 +102,7 @@ def test_reward_on_the_public_boards(public_rows):
 
 
 def test_124_public_boards_have_more_than_one_solution(public_rows):
-    """Any board that keeps the clues and obeys the rules is right; the papers compare with the file's alone."""
+    """Any board that keeps the clues and obeys the rules is right; the papers count the file's alone."""
     found = [solutions(row["puzzle"]) for row in public_rows]
     assert all(row["solution"] in answers for row, answers in zip(public_rows, found, strict=True))
     several = [(row, answers) for row, answers in zip(public_rows, found, strict=True) if len(answers) > 1]
