@@ -1,5 +1,5 @@
-"""Rows and where they come from: files, rows from which nothing can be learned, a right answer before anything
-costly, and tasks of one's own."""
+"""Rows and where they come from: files, rows from which nothing can be learned, a right answer before
+anything costly, and tasks of one's own."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tasks import load
 QUESTIONS = [{"question": f"What is {i}?", "answer": str(i)} for i in range(300)]
 
 
-# ------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 @pytest.mark.parametrize("line, said", [
@@ -92,7 +92,7 @@ def test_code_rows_from_which_nothing_can_be_learned(tmp_path, name, change, sai
 
 
 def test_code_rows_that_are_kept(tmp_path):
-    """A test may import what there is, try what may be missing, or assert within a helper or by an exception."""
+    """A test may import what there is, try what may be missing, or assert in a helper or by an exception."""
     tests = ["import math\nassert add([1, 2]) == math.floor(3.5)",
              "try:\n    import numpy\nexcept ImportError:\n    pass\nassert add([1, 2]) == 3",
              "def same(a, b):\n    assert a == b\nsame(add([1, 2]), 3)",
@@ -109,8 +109,8 @@ def test_answers_of_mathematics_that_cannot_be_read(tmp_path, capsys, gold):
     raws = [{"problem": f"What is {i}?", "answer": f"\\frac{{{i}}}{{7}}x"} for i in range(120)]
     raws[7]["answer"] = gold
     task = load("math", chat=True, test_data=write(tmp_path / "data.json", raws), train=False)
-    assert len(task.test) == 119 and ": 1 of 120 rows dropped,
-    the first is row 8: " in capsys.readouterr().out
+    assert len(task.test) == 119
+    assert ": 1 of 120 rows dropped, the first is row 8: " in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------- a right answer earns its reward
@@ -131,7 +131,7 @@ def test_a_reward_that_is_always_0_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_judge_of_mathematics_starts_anywhere(tmp_path):
-    """Modules of the working directory are not Python's; and where memory cannot be limited, it judges too."""
+    """Modules of the working directory are not Python's; and it judges where memory has no limit, too."""
     for name in ("resource", "json", "random", "types", "sympy", "logging", "math_verify"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(1)")
     code = f"""import sys
@@ -140,7 +140,7 @@ from tasks.math import math_reward
 print(math_reward("\\\\boxed{{1+x}}", {{"answer": "x+1"}})[0])"""
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "1.0\n", done.stderr
-    limits = "import resource\nresource.setrlimit = lambda *_: (_ for _ in ()).throw(ValueError('not permitted'))\n"
+    limits = "import resource\ndef refused(*_): raise ValueError('no')\nresource.setrlimit = refused\n"
     (tmp_path / "sitecustomize.py").write_text(limits)
     for name in ("resource", "json", "random", "types", "sympy", "logging", "math_verify"):
         (tmp_path / f"{name}.py").unlink()
@@ -149,7 +149,7 @@ print(math_reward("\\\\boxed{{1+x}}", {{"answer": "x+1"}})[0])"""
     assert done.stdout == "1.0\n", done.stderr
 
 
-# ------------------------------------------------------------------------------------------ tasks of one's own
+# ----------------------------------------------------------------------------------------- tasks of one's own
 
 
 def test_the_task_of_the_readme(tmp_path):
