@@ -505,12 +505,8 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def without_result(text: str) -> str:
-    """An expression without the value it says it has: "30 - 7" of "30 - 7 = 23" or "23 = 30 - 7"."""
-    sides = " ".join(text.split()).split("=")
-    if len(sides) == 2:
-        results = [re.fullmatch(r" ?-?[0-9.]+ ?", side) for side in sides]
-        sides = sides[:1] if results[1] else sides[1:] if results[0] else sides
-    return "=".join(sides).strip()
+    """An expression without the value it says it has: "30 - 7" of "30 - 7 = 23"."""
+    return re.sub(r" ?= ?-?[0-9.]+$", "", " ".join(text.split()))
 
 
 def countdown_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:

@@ -73,7 +73,9 @@ def expression(text: str) -> str:
         else:
             out.append(token if token in "xX" and before == "0" else SIGNS.get(token, token))  # 0x5
         before = token
-    return "".join(out).strip(". ")
+    result, equals, rest = "".join(out).strip(". ").partition("=")
+    return rest.strip() if equals and result.strip().isdigit() and not rest.strip().isdigit() else (
+        f"{result}{equals}{rest}")  # 16 = (3 + 5) * 2
 
 
 LARGEST, TARGETS = 20, range(1, 61)  # the tiny model's numbers are 1 to 20; each is one token
