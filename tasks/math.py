@@ -89,8 +89,9 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
 
     What is bare behind an answer is a unit ("15 cm^2", "15 people") unless it is a product of the gold
     answer's symbols; behind the gold answer only known units are, and what stands in \\text."""
-    tokens = trimmed(joiners(plain(text)))
-    if len(tokens) > LENGTH:  # half of them are not ASCII
+    strange = sum(not c.isascii() for c in text)  # each may be a dozen tokens: ½
+    tokens = trimmed(joiners(plain(text))) if strange <= 100 else []
+    if not tokens or len(tokens) > LENGTH:
         return Reading("", None, "", "other", (), "", frozenset())
     written = [token for token in tokens if token not in (" ", "$")]
     texts = [token for token in written if token.startswith("\\text{")]
@@ -258,7 +259,7 @@ def kind_of(tokens: list[str]) -> str:
             return "set" if commas or {"\\pm", "|", ":", "\\mid"} & set(tokens) else "one"
         if commas == 1:
             return "pair" if tokens[0] == "(" and tokens[-1] == ")" else "interval"
-        return "tuple" if commas and tokens[0] == "(" else "other"
+        return {"(": "tuple", "[": "list"}.get(tokens[0], "other") if commas else "other"
     return "other"
 
 
@@ -314,7 +315,7 @@ def compared(gold: str, answer: str) -> int:
 
 def answer_words(answer: str) -> str:
     """The words of an answer, in \\text or bare; "" if there is more to it."""
-    words = "".join(in_text(token) or token for token in plain(answer) if token != "$")
+    words = "".join(in_text(token) or token for token in trimmed(plain(answer)) if token != "$")
     return words if all(c.isalnum() or c in " .,()'" or c == "-" and before.isalnum()
                         for before, c in zip(" " + words, words, strict=False)) else ""
 

@@ -77,7 +77,7 @@ MATHEMATICS = {  # gold, what is equal to it, what is not
         ("10080", "10,\\! 080|10{,} 080|10\\,080|10~080|10\\thinspace080", "10, 080|100,80")],
     "collections": [
         ("(6,31,-1)", "(6, 31, -1)|\\left(6,31,-1\\right)|\\langle 6,31,-1\\rangle",
-         "\\{6,31,-1\\}|6,31,-1|(31,6,-1)"),
+         "\\{6,31,-1\\}|6,31,-1|[6,31,-1]|(31,6,-1)"),
         ("0<x<1", "(0,1)|x\\in(0,1)", "0,1|\\{0,1\\}|[0,1]|0<x\\le1"),
         ("1,-2", "-2,1|\\{1,-2\\}", "(1,-2)|1|1,2"),
         ("(3,\\frac{\\pi}{2})", "(3,\\pi/2)", "(4,\\frac{\\pi}{2})|[3,\\frac{\\pi}{2}]|3,\\frac{\\pi}{2}"),
@@ -116,7 +116,8 @@ MATHEMATICS = {  # gold, what is equal to it, what is not
         ("73", "**73**|\\color{red}{73}|\\textcolor{blue}{73}|\\underline{73}|`73`|\\bm{73}|\\boxed{73}",
          "**74**|\\text{-}73|\\phantom{7}3"),
         ("-73", "\\text{-}73|−73|-\\mathbf{73}", "73"), ("\\frac{1}{e}", "\\frac1{\\mathrm e}", "e"),
-        ("\\text{Evelyn}", "Evelyn|\\textbf{Evelyn}|evelyn", "\\text{Carla}|not Evelyn|1"),
+        ("\\text{Evelyn}", "Evelyn|\\textbf{Evelyn}|\\color{red}{\\text{Evelyn}}|evelyn",
+         "\\text{Carla}|not Evelyn|1"),
         ("\\text{(C)}", "C|(C)|\\textbf{(C)}", "D|(D)"),
         ("1\\frac{4}{5}", "1⅘|1 4/5|1.8|\\frac95", "1\\frac{5}{4}|14/5")],
 }
