@@ -543,9 +543,19 @@ def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: 
     }
 
 
+ROWS = [range(4 * r, 4 * r + 4) for r in range(4)]
+COLUMNS = [range(c, 16, 4) for c in range(4)]
+BOXES = [[4 * r + c, 4 * r + c + 1, 4 * r + c + 4, 4 * r + c + 5] for r in (0, 2) for c in (0, 2)]
+
+
+def sudoku_solved(board: str) -> bool:
+    """Whether every row, column and box of a board of 16 characters holds 1, 2, 3 and 4."""
+    return all({board[i] for i in unit} == set("1234") for unit in (*ROWS, *COLUMNS, *BOXES))
+
+
 def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
-    """Share of the blanks filled as in the solution; 0 if a clue was changed or there are not exactly 16
-    digits.
+    """1 for a board that keeps the clues and obeys the rules, be it the row's solution or another; else the
+    share of the blanks filled as in the solution. 0 if a clue was changed or there are not exactly 16 digits.
 
     White space is ignored, so a board may be written as a grid."""
     board, puzzle = "".join(text.split()), row["puzzle"]
@@ -553,8 +563,10 @@ def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
         return 0.0, {"correct": 0.0, "parse_fail": 1.0}
     if any(p not in ("0", b) for p, b in zip(puzzle, board, strict=True)):
         return 0.0, {"correct": 0.0, "parse_fail": 0.0}
+    if sudoku_solved(board):
+        return 1.0, {"correct": 1.0, "parse_fail": 0.0}
     right = sum(p == "0" and b == s for p, b, s in zip(puzzle, board, row["solution"], strict=True))
-    return right / puzzle.count("0"), {"correct": float(board == row["solution"]), "parse_fail": 0.0}
+    return right / puzzle.count("0"), {"correct": 0.0, "parse_fail": 0.0}
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
