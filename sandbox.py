@@ -23,11 +23,16 @@ may hand it functions); await, or derive from, what is the program's; catch its 
 builtin ones that they derive from; use `in` for what has no items.
 """
 
+import _thread
 import builtins
 import contextlib
 import ctypes
+import functools
 import importlib
+import io
+import itertools
 import json
+import math
 import operator
 import os
 import re
@@ -44,10 +49,12 @@ PAUSES = 0, 0.2, 2  # seconds before each try to set up a sandbox
 health = {"works": False, "failures": 0}  # whether there was a sandbox in this process; programs without one
 
 
-def run_tests(program: str, tests: list[str], timeout: float = 5.0, memory_mb: int = 1024) -> list[bool]:
+def run_tests(program: str, tests: list[str], timeout: float = 5.0, memory_mb: int = 1024,
+              head: str = "") -> list[bool]:
     """Which of `tests` pass after `program`: one bool per test. Never raises for anything the program does.
 
-    All are Python source; a test sees the program's global names, and no other test's. A program that does
+    All are Python source; a test sees the program's global names, and no other test's. `head` runs before the
+    program, in the same names (a program may begin with `from __future__`). A program that does
     not compile, raises, exits or needs more than `timeout` seconds with its tests passes none; starting the
     interpreter does not count, nor does waiting for a core that others use (until ten times `timeout`).
     Threads may call it. RuntimeError: no sandbox can be set up here. If one could before: a warning, and none
@@ -55,7 +62,7 @@ def run_tests(program: str, tests: list[str], timeout: float = 5.0, memory_mb: i
     for pause in PAUSES:
         time.sleep(pause)
         try:
-            marks, error = start_supervisor(program, tests, timeout, memory_mb)
+            marks, error = start_supervisor([head, program], tests, timeout, memory_mb)
         except OSError as failure:  # no process, no memory, no disk: may pass
             marks, error = b"", str(failure)
         if not error:
@@ -69,7 +76,7 @@ def run_tests(program: str, tests: list[str], timeout: float = 5.0, memory_mb: i
     return [False] * len(tests)
 
 
-def start_supervisor(program: str, tests: list[str], timeout: float, memory_mb: int) -> tuple[bytes, str]:
+def start_supervisor(program: list[str], tests: list[str], timeout: float, memory_mb: int) -> tuple[bytes, str]:
     """What the supervisor prints: the marks, and what went wrong if there was no sandbox."""
     import subprocess  # here, because the supervisor starts faster without
     import tempfile
@@ -262,166 +269,485 @@ def seccomp(libc: ctypes.CDLL):
 
 # ---------------------------------------------------------------------------- the talk of judge and program
 
-# What passes as a copy, beside None, bool, float, str, list and small int: its class and the arguments that
-# make the copy. (Python reads no int of more than 4300 decimal digits, but any number of hexadecimal ones.)
-COPIED = {
-    "builtins.int": lambda v: [hex(v), 16], "builtins.complex": lambda v: [v.real, v.imag],
-    "builtins.bytes": lambda v: [v.decode("latin-1"), "latin-1"],
-    "builtins.bytearray": lambda v: [v.decode("latin-1"), "latin-1"],
-    "builtins.tuple": lambda v: [list(v)], "builtins.dict": lambda v: [list(map(list, v.items()))],
-    "builtins.set": lambda v: [list(v)], "builtins.frozenset": lambda v: [list(v)],
-    "builtins.range": lambda v: [v.start, v.stop, v.step],
-    "builtins.slice": lambda v: [v.start, v.stop, v.step],
-    "collections.Counter": lambda v: [dict(v)], "collections.OrderedDict": lambda v: [dict(v)],
-    "collections.defaultdict": lambda v: [None, dict(v)], "collections.deque": lambda v: [list(v)],
+# None, bool, float, str and small int pass as they are. All else has a number and is described once to the other
+# side. If its class is one of these, the other side makes a copy of exactly that class: no method comes along.
+SIMPLE = {  # the class, called with these arguments, makes the copy. (Python reads no int of 4301 decimal digits.)
+    "builtins.int": lambda v: [hex(v), 16], "builtins.float": lambda v: [str(v)],  # nan, which is itself only
+    "builtins.complex": lambda v: [v.real, v.imag], "builtins.bytes": lambda v: [v.decode("latin-1"), "latin-1"],
+    "builtins.range": lambda v: [v.start, v.stop, v.step], "builtins.slice": lambda v: [v.start, v.stop, v.step],
     "decimal.Decimal": lambda v: [str(v)], "fractions.Fraction": lambda v: [str(v)],
-    "datetime.date": lambda v: [v.year, v.month, v.day]}
-CLASSES = {kind.__name__: kind for kind in (  # pass as their names
-    bool, int, float, complex, str, bytes, bytearray, list, tuple, range, set, frozenset, dict, type(None))}
+    "uuid.UUID": lambda v: [str(v)]} | dict.fromkeys(
+    ["datetime.date", "datetime.time", "datetime.datetime", "datetime.timedelta", "datetime.timezone",
+     "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath"],
+    lambda v: list(v.__reduce_ex__(4)[1]))  # as pickle makes it
+GROUPS = {"builtins.tuple", "builtins.frozenset"}  # called with their items
+CHANGING = {  # containers: made empty with these arguments, then filled; what either side changes is told
+    "builtins.list": lambda v: [], "builtins.set": lambda v: [], "builtins.bytearray": lambda v: [],
+    "builtins.dict": lambda v: [], "collections.OrderedDict": lambda v: [], "collections.Counter": lambda v: [],
+    "collections.defaultdict": lambda v: [v.default_factory], "collections.deque": lambda v: [(), v.maxlen]}
+COPIED = SIMPLE.keys() | GROUPS | CHANGING.keys()
+PLAIN = bool, int, float, complex, str, bytes, bytearray, tuple, list, range, set, frozenset, dict, type(None)
+NAMED = COPIED | {"builtins.bool", "builtins.str", "builtins.NoneType", "builtins.object"}  # classes, as names
+SINGLE = {"...": ..., "NotImplemented": NotImplemented}
+ENDS = {"next": StopIteration, "send": StopIteration, "await": StopAsyncIteration}  # who may end a loop of a test
+of_type = {name: vars(type)[name].__get__ for name in ("__module__", "__qualname__", "__bases__", "__mro__")}
+
+
+def name_of(kind: type) -> str:
+    """Module and name, whatever its metaclass says."""
+    return f"{of_type['__module__'](kind)}.{of_type['__qualname__'](kind)}"
+
+
+def named(name: str):
+    """The class of that name."""
+    module, _, kind = name.rpartition(".")
+    return type(None) if kind == "NoneType" else getattr(importlib.import_module(module), kind)
+
+
+def parts_of(value) -> list:
+    """What a container holds."""
+    return [part for pair in value.items() for part in pair] if isinstance(value, dict) else list(value)
 
 
 class Link:
     """One end of the pipes between judge and program: `ask` the other side, `answer` what it asks.
 
-    What is COPIED arrives as an object of exactly that class: no method of the program's comes along. All
-    else stays where it is and passes as a number, which is a Handle on the other side."""
+    An object has the same number on both sides, so it stays the same object however often it passes. Lines
+    ["object", number, kind, arguments, parts] say what is new or changed, and come before the message that
+    needs them; in all of it, [number] stands for an object and [name] for a class of the standard library.
+    What is not COPIED stays where it is and is a Handle (a class: a Mirror) on the other side."""
 
-    def __init__(self, allowed: dict):
+    def __init__(self, first: int, allowed: dict, judges: bool = False):
         self.reader, self.writer, self.owner = open(3, "rb"), open(4, "wb"), os.getpid()
-        self.allowed = allowed  # what the other side may ask for
-        self.objects, self.numbers, self.handles = {}, {}, {}
+        self.allowed, self.judges = allowed, judges  # what the other side may ask for; this is the judge's end
+        self.free, self.first, self.lock = itertools.count(first, 2), first, _thread.RLock()
+        self.own = {}  # number: object that stays here
+        self.shared = {}  # number: copy of what the other side has, or Handle for it
+        self.numbers = {}  # id: number of all these
+        self.parts = {}  # number: what a shared container held when both sides last agreed
+        self.fresh = []  # numbers that the next message is to describe
+        self.news, self.empty = {}, []  # described by the other side, not yet made; made, not yet filled
+        self.printed, self.random = None, None
 
-    def send(self, *message):
-        self.writer.write(json.dumps(message).encode() + b"\n")
+    def send(self, what: str, *trees):
+        """A message, after what is new. What nobody here but this table holds is forgotten on both sides."""
+        lines = []
+        gone = [number for number in self.shared if sys.getrefcount(self.shared[number]) == 2]
+        if gone:
+            self.forget(*gone)
+            lines.append(["forget", *gone])
+        if self.printed:
+            lines.append(["printed", self.printed.decode(errors="replace")])
+            self.printed.clear()
+        if self.random and self.random != (state := sys.modules["random"].getstate()):
+            lines.append(["random", state])  # the test seeded: the program's draws are those of the seed
+            sys.modules["random"].random()  # so that the same seed again is a change
+            self.random = sys.modules["random"].getstate()
+        for number, before in self.parts.items():
+            now = parts_of(self.shared[number])
+            if len(now) != len(before) or not all(map(operator.is_, now, before)):
+                self.fresh.append(number)
+        while self.fresh:
+            lines.append(self.describe(self.fresh.pop()))
+        self.writer.write("".join(json.dumps(line) + "\n" for line in [*lines, [what, *trees]]).encode())
         self.writer.flush()
 
     def receive(self) -> list:
-        line = self.reader.readline()
-        if not line:
-            os._exit(0)  # the other side is gone, and without it there is no verdict
-        return json.loads(line)
+        """The next message, when all that it needs is made."""
+        while True:
+            what, *rest = message = json.loads(self.reader.readline() or os._exit(0))  # the other side is gone
+            if what == "object":
+                self.news[rest[0]] = rest[1:]
+            elif what == "forget":
+                self.forget(*rest)
+            elif what == "printed":
+                sys.stdout.write(*rest)
+            elif what == "random" and not self.judges:
+                version, words, gauss = rest[0]
+                importlib.import_module("random").setstate((version, tuple(words), gauss))
+            else:
+                break
+        while self.news or self.empty:
+            if self.news:
+                self.make(next(iter(self.news)))
+            else:
+                self.fill(*self.empty.pop())
+        return message
 
     def ask(self, what: str, /, *args, **options):
-        """What the other side's `what` returns or raises; lists, dicts and sets change as they did there."""
-        self.send(what, [self.encode(arg) for arg in args], {k: self.encode(v) for k, v in options.items()})
-        while (message := self.receive())[0] not in ("returned", "raised"):
-            self.answer(*message)  # it calls a function that the test gave it
-        how, result, details = message
-        if how == "raised":
-            kinds = [vars(builtins).get(name) for name in result]
-            kind = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseException))
-            if kind is StopIteration and what != "next":
-                kind = RuntimeError  # or it would end the test's loop over map(f, ...)
-            raise kind(*self.decode(details))
-        for arg, change in zip(args, details, strict=False):
-            if change is not None and type(arg) in (list, bytearray):
-                arg[:] = self.decode(change)
-            elif change is not None:
-                arg.clear()
-                arg.update(self.decode(change))
-        return self.decode(result)
+        """What the other side's `what` returns or raises."""
+        with self.lock:
+            self.send(what, [self.encode(arg) for arg in args], {k: self.encode(v) for k, v in options.items()})
+            while (message := self.receive())[0] not in ("returned", "raised"):
+                self.answer(*message)  # it calls a function that the test gave it
+        result = self.decode(message[1])
+        if message[0] == "returned":
+            return result
+        # or it would end the test's loop over map(f, ...)
+        ends = isinstance(result, (StopIteration, StopAsyncIteration)) and type(result) is not ENDS.get(what)
+        raise RuntimeError(str(result)) if ends or not isinstance(result, BaseException) else result
 
     def answer(self, what: str, args: list, options: dict):
-        """Do what the other side asks for and send it the result, or the builtin exception nearest to it."""
+        """Do what the other side asks for and send it the result, or the exception."""
         try:
             if what not in self.allowed:
-                raise AttributeError(what)  # functools.wraps asks for names, and can do without
+                raise AttributeError(what)
             values = [self.decode(arg) for arg in args]
             result = self.allowed[what](*values, **{k: self.decode(v) for k, v in options.items()})
-            after = [self.encode(v) if type(v) in (list, dict, set, bytearray) else None for v in values]
-            changes = [None if new == old else new for new, old in zip(after, args, strict=True)]
-            message = "returned", self.encode(result), changes
+            reply = "returned", self.encode(result)
         except BaseException as error:
-            message = "raised", [kind.__name__ for kind in type(error).__mro__], self.encode(list(error.args))
+            reply = "raised", self.encode(error.with_traceback(None))
         if os.getpid() != self.owner:
             os._exit(0)  # a forked copy that tried another answer
-        self.send(*message)
+        self.send(*reply)
 
     def encode(self, value):
-        """As JSON: an object with one key, the kind, is what JSON has no form for."""
+        """As JSON; what is new is told in the next message."""
         kind = type(value)
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if value is None or kind in (bool, float, str) or kind is int and abs(value) < 1 << 63:
+        if value is None or kind in (bool, str) or kind is int and abs(value) < 1 << 63 \
+                or kind is float and value == value:
             return value
-        if kind is list:
-            return [self.encode(part) for part in value]
-        if name in COPIED:
-            return {name: [self.encode(part) for part in COPIED[name](value)]}
-        if kind is Handle:
-            return {"yours": value._number}
-        if kind is type and value in CLASSES.values():
-            return {"class": value.__name__}
-        number = self.numbers.setdefault(id(value), len(self.numbers))
-        self.objects[number] = value
-        return {"mine": number}
+        if kind is type and name_of(value) in NAMED and named(name_of(value)) is value:
+            return [name_of(value)]
+        if value is ... or value is NotImplemented:
+            return [str(value).replace("Ellipsis", "...")]
+        number = self.numbers.get(id(value))
+        if number is None:
+            number = self.numbers[id(value)] = next(self.free)
+            (self.shared if name_of(kind) in COPIED else self.own)[number] = value
+            self.fresh.append(number)
+        return [number]
+
+    def describe(self, number: int) -> list:
+        value = self.shared[number] if number in self.shared else self.own[number]
+        what, start, parts = name_of(type(value)), [], []
+        if number in self.own and issubclass(type(value), type):
+            exceptions = [base for base in of_type["__bases__"](value) if issubclass(base, BaseException)]
+            plain = [kind for kind in PLAIN if kind in of_type["__mro__"](value)][:1]
+            what, start = "class", [of_type["__module__"](value), of_type["__qualname__"](value)]
+            parts = exceptions or plain
+        elif number in self.own and issubclass(type(value), BaseException):
+            cause, attributes = BaseException.__cause__.__get__(value), object.__getattribute__(value, "__dict__")
+            what, start = "error", [type(value), cause, *parts_of(attributes)]
+            parts = BaseException.args.__get__(value)
+        elif number in self.own:
+            what = "handle"
+        elif what in SIMPLE:
+            start = SIMPLE[what](value)
+        else:
+            parts = parts_of(value)
+            if what in CHANGING:
+                start, self.parts[number] = CHANGING[what](value), parts
+        return ["object", number, what, [self.encode(part) for part in start], [self.encode(part) for part in parts]]
 
     def decode(self, tree):
-        if type(tree) is list:
-            return [self.decode(part) for part in tree]
-        if type(tree) is not dict:
+        if type(tree) is not list:
             return tree
-        ((name, parts),) = tree.items()
-        if name == "mine":
-            return self.handles.setdefault(parts, Handle(self, parts))
-        if name in ("yours", "class"):
-            return (self.objects if name == "yours" else CLASSES)[parts]
-        module, _, kind = name.partition(".")
-        if name not in COPIED:
-            raise ValueError(name)
-        return getattr(importlib.import_module(module), kind)(*self.decode(parts))
+        (name,) = tree
+        if name in SINGLE:
+            return SINGLE[name]
+        if name in NAMED:
+            return named(name)
+        if name in self.own:
+            return self.own[name]
+        if name not in self.shared:
+            self.make(name)
+        return self.shared[name]
+
+    def make(self, number: int):
+        """What the other side described."""
+        what, start, parts = self.news.pop(number)
+        if number in self.shared:
+            value = self.shared[number]
+            if name_of(type(value)) != what or what not in CHANGING:
+                raise RuntimeError(f"not a change of a {what}")
+            self.parts.pop(number, None)
+            self.empty.append((number, parts))
+            return
+        if number % 2 == self.first % 2:
+            raise RuntimeError("not the other side's number")
+        start = [self.decode(part) for part in start]
+        if what in CHANGING:
+            value = named(what)(*start)
+            self.empty.append((number, parts))
+        elif what in SIMPLE:
+            value = named(what)(*start)
+        elif what in GROUPS:
+            value = named(what)([self.decode(part) for part in parts])
+        elif what == "class":
+            value = mirror(self, number, *start, [self.decode(part) for part in parts])
+        elif what == "error":
+            value = stand_in(start[0], [self.decode(part) for part in parts], start[1], start[2:])
+        elif what == "handle":
+            value = Handle(self, number)
+        else:
+            raise RuntimeError(what)
+        self.shared[number] = value
+        self.numbers.setdefault(id(value), number)
+
+    def fill(self, number: int, parts: list):
+        value, parts = self.shared[number], [self.decode(part) for part in parts]
+        if not isinstance(value, dict):
+            value.clear()
+            (value.update if isinstance(value, set) else value.extend)(parts)
+        else:
+            if list(value) != parts[::2]:  # else a loop over it may go on
+                value.clear()
+            for key, item in zip(parts[::2], parts[1::2], strict=True):
+                value[key] = item
+        self.parts[number] = parts_of(value)
+
+    def forget(self, *numbers: int):
+        for number in numbers:
+            value = (self.shared if number in self.shared else self.own).pop(number)
+            self.numbers.pop(id(value), None)
+            self.parts.pop(number, None)
 
 
 class Handle:
-    """An object on the other side. What is done to it is done there, except that no operator shows it an
-    operand of this side: what it equals is not for the program to say. For this it counts as the builtin
-    value that it extends (a namedtuple is a tuple), or as unlike all. `x in handle` looks at the items."""
+    """An object on the other side. What is done to it is done there.
 
-    __slots__ = "_link", "_number"
+    The judge's end is careful with operators: what a program's object equals is not for the program to say.
+    To compare, it counts as the builtin value that it extends (a namedtuple is a tuple), or as unlike all but
+    other handles. Of arithmetic with a value of the test the program sees that value, so what it gives must be
+    another object, which is not taken for a number: abs(f(2) - 20) < 1 is not for the program to say either.
+    `x in handle` looks at the items."""
+
+    __slots__ = "_link", "_number", "_shown"
 
     def __init__(self, link: Link, number: int):
-        object.__setattr__(self, "_link", link)
-        object.__setattr__(self, "_number", number)
+        for name, value in ("_link", link), ("_number", number), ("_shown", ""):
+            object.__setattr__(self, name, value)
 
     def __call__(self, /, *args, **options):
         return self._link.ask("call", self, *args, **options)
 
     def __getattr__(self, name):
+        if name in ("send", "throw"):
+            return functools.partial(self._link.ask, name, self)
         return self._link.ask("getattr", self, name)
 
     def __setattr__(self, name, value):
         self._link.ask("setattr", self, name, value)
 
-    def __instancecheck__(self, value):
-        return type(value) is Handle and self._link.ask("isinstance", value, self)
+    def __delattr__(self, name):
+        self._link.ask("delattr", self, name)
+
+    @property
+    def __class__(self):
+        kind = self._link.ask("class", self)
+        return kind if isinstance(kind, type) else Handle
+
+    def __exit__(self, kind, error, traceback):
+        """What an assert found is not for the program to swallow."""
+        return self._link.ask("exit", self, error) and not isinstance(error, AssertionError)
+
+    def __await__(self):
+        return self._link.ask("await", self)
+        yield
+
+    def __deepcopy__(self, memo):
+        return self._link.ask("deepcopy", self)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot pickle what is the program's")
 
 
-def plain(value) -> list:
-    """The builtin value that an object extends, in a list, which is empty if there is none."""
-    return [kind(value) for kind in CLASSES.values() if isinstance(value, kind)][:1]
+class Mirror(type):
+    """The class of what stands here for a class of the other side."""
+
+    def __new__(cls, name, bases, space):
+        if "_link" not in space:
+            raise TypeError("a class of the other side cannot be extended here")
+        return super().__new__(cls, name, bases, space)
+
+    def __getattribute__(cls, name):
+        return mirrored(cls, "getattr", name)
+
+    def __setattr__(cls, name, value):
+        mirrored(cls, "setattr", name, value)
+
+    def __call__(cls, /, *args, **options):
+        return mirrored(cls, "call", *args, **options)
+
+    def __instancecheck__(cls, value):
+        return type.__instancecheck__(cls, value) or type.__getattribute__(cls, "_link").ask("isinstance", value, cls)
+
+    def __subclasscheck__(cls, kind):
+        return type.__subclasscheck__(cls, kind) or type.__getattribute__(cls, "_link").ask("issubclass", kind, cls)
 
 
-def forwarded(name: str, function, shows: bool):
-    """Give Handle the operation `name`, which is `function` on the other side. Returns `function`."""
+def mirrored(cls: Mirror, what: str, /, *args, **options):
+    """What the other side's `what` makes of its class."""
+    return type.__getattribute__(cls, "_link").ask(what, cls, *args, **options)
+
+
+def mirror(link: Link, number: int, module: str, name: str, bases: list) -> type:
+    """Stands for a class of the other side. An exception of the standard library is that of this side."""
+    known = getattr(sys.modules.get(module), name, None) if module in sys.stdlib_module_names else None
+    if isinstance(known, type) and issubclass(known, BaseException):
+        return known
+    bases = [base for base in bases if base not in (bool, range, type(None))]
+    if any(issubclass(base, (StopIteration, StopAsyncIteration)) for base in bases):
+        bases = [RuntimeError]
+    space = {"_link": link, "_number": number}
+    if any(issubclass(base, BaseException) for base in bases):
+        space |= {"__str__": lambda self: link.ask("str", self),
+                  "__getattr__": lambda self, name: link.ask("getattr", self, name)}
+    return Mirror(name, tuple(bases), space)
+
+
+def stand_in(kind: type, args: list, cause, attributes: list) -> BaseException:
+    """An exception like that of the other side. Nothing of the program's runs to make it."""
+    if not (isinstance(kind, type) and type.__subclasscheck__(BaseException, kind)):
+        raise RuntimeError("not an exception")
+    known = next(base for base in of_type["__mro__"](kind) if type(base) is type)
+    error = kind(*args) if known is kind and kind.__module__ == "builtins" else known.__new__(kind, *args)
+    error.args = args
+    error.__cause__ = cause
+    vars(error).update(zip(attributes[::2], attributes[1::2], strict=True))
+    return error
+
+
+def plain(value, operation: str = "") -> list:
+    """The builtin value that an object extends, in a list, which is empty if there is none, or if its class has
+    an `operation` of its own."""
+    if type(value) in VIEWS:
+        return [set(value)]
+    kinds = [kind for kind in PLAIN if kind in of_type["__mro__"](type(value))][:1]
+    own = operation and any(getattr(type(value), operation, None) != getattr(kind, operation, None) for kind in kinds)
+    return [] if own else [kind(value) for kind in kinds]
+
+
+def call(function, /, *args, **options):
+    return function(*args, **options)
+
+
+def leave(manager, error):
+    """The end of a with block."""
+    return type(manager).__exit__(manager, type(error) if error else None, error, None)
+
+
+def send(generator, *args):
+    """To a generator; a coroutine is not sent to but awaited."""
+    return generator.send(*args)
+
+
+def wait_for(value):
+    """What `await value` gives."""
+    import asyncio  # takes long
+
+    async def wait():
+        return await value
+    return asyncio.run(wait())
+
+
+def deep_copy(value):
+    import copy
+    return copy.deepcopy(value)
+
+
+VIEWS = type({}.keys()), type({}.items())
+# what each side may ask of the other's objects; more than CALLS, a program may of objects of the test's classes
+CALLS = {"call": call, "iter": iter, "next": next, "isinstance": isinstance, "issubclass": issubclass}
+OPERATIONS = {"getattr": getattr, "setattr": setattr, "delattr": delattr, "class": type, "plain": plain,
+              "exit": leave, "send": send, "throw": lambda generator, *args: generator.throw(*args),
+              "await": wait_for, "deepcopy": deep_copy}
+
+
+def seen(result, operator_name: str):
+    """`result` follows from a value of the test that an operator of the program saw: if it were a number it could
+    be an answer to the test."""
+    if type(result) is not Handle:
+        raise RuntimeError(f"{operator_name} of the program saw a value of the test: no number is taken from it")
+    object.__setattr__(result, "_shown", operator_name)
+    return result
+
+
+def forwarded(name: str, function):
+    """Give Handle an operation that no other object takes part in."""
     def operation(self, *args):
-        if shows or type(args[0]) is Handle:
-            return self._link.ask(name, self, *args)
-        value = self._link.ask("plain", self)
-        return function(value[0], *args) if value else NotImplemented
+        result = self._link.ask(name, self, *args)
+        hides = self._link.judges and self._shown and (name in NUMBERS or name == "format" and args[0])
+        return seen(result, self._shown) if hides else result
 
+    OPERATIONS[name] = function
     setattr(Handle, f"__{name}__", operation)
-    return function
 
 
-# what the program may ask for: to call a function that the test gave it, to go through an iterator
-CALLS = {"call": lambda function, /, *args, **options: function(*args, **options), "iter": iter, "next": next}
-# what a test may ask for
-OPERATIONS = CALLS | {"getattr": getattr, "setattr": setattr, "isinstance": isinstance, "plain": plain}
-for function in iter, next, len, str, repr, bool, hash, int, float, abs, round, reversed:
-    OPERATIONS[function.__name__] = forwarded(function.__name__, function, True)
-for name in "index neg getitem setitem delitem".split():
-    OPERATIONS[name] = forwarded(name, getattr(operator, name), True)
-for name in "eq ne lt le gt ge add sub mul truediv floordiv mod and or".split():
-    OPERATIONS[name] = forwarded(name, getattr(operator, f"__{name}__"), False)
+def compared(name: str, function):
+    """Give Handle a comparison."""
+    def operation(self, other):
+        if not self._link.judges or type(other) is Handle:
+            return self._link.ask(name, self, other)
+        value = seen(None, self._shown) if self._shown else self._link.ask("plain", self)
+        return function(value[0], other) if value else NotImplemented
+
+    OPERATIONS[name] = function
+    setattr(Handle, f"__{name}__", operation)
+
+
+def combined(name: str, function, shows: bool):
+    """Give Handle an operator that makes something of it and another."""
+    def operation(self, other, *rest):
+        if not self._link.judges or type(other) is Handle and not (self._shown or other._shown):
+            return self._link.ask(name, self, other, *rest)
+        value = [] if self._shown else self._link.ask("plain", self, f"__{name}__")
+        if value:
+            return function(value[0], other, *rest)
+        return seen(self._link.ask(name, self, other, *rest), name) if shows else NotImplemented
+
+    OPERATIONS[name] = function
+    setattr(Handle, f"__{name}__", operation)
+
+
+NUMBERS = "abs round neg pos invert int float complex index bool len trunc floor ceil".split()
+for function in (iter, next, len, str, repr, bool, hash, int, float, complex, abs, round, reversed, format, dir, bytes,
+                 math.trunc, math.floor, math.ceil):
+    forwarded(function.__name__, function)
+for name in "index neg pos invert getitem setitem delitem".split():
+    forwarded(name, getattr(operator, name))
+forwarded("enter", lambda manager: type(manager).__enter__(manager))
+forwarded("aiter", aiter)
+forwarded("anext", anext)
+forwarded("aenter", lambda manager: type(manager).__aenter__(manager))
+for name in "eq ne lt le gt ge".split():
+    compared(name, getattr(operator, name))
+for name in "add sub mul truediv floordiv mod pow divmod lshift rshift and or xor matmul".split():
+    function = {"divmod": divmod, "pow": pow}.get(name) or getattr(operator, f"__{name}__")
+    shows = name not in ("sub", "xor")  # whose natural use is to compare
+    combined(name, function, shows)
+    combined(f"r{name}", lambda value, other, function=function: function(other, value), shows)
+    if name != "divmod":
+        combined(f"i{name}", getattr(operator, f"__i{name}__"), shows)
+
+
+def ours(what: str, function):
+    """An operation that a program may ask for, on an object of a class of the test's; no private names."""
+    def operation(value, *args):
+        kind = type(value)
+        public = what not in ("getattr", "setattr", "delattr") or args[0][:1] != "_" or args[0] == "__class__"
+        described = what == "getattr" and args[0] in ("__name__", "__qualname__", "__doc__", "__module__")
+        own = of_type["__module__"](value if kind is type else kind) in ("test", "_io") or kind in VIEWS
+        if not (own and public or described and kind in (type, types.FunctionType)):
+            raise AttributeError(what)
+        return function(value, *args)
+    return operation
+
+
+class Printed(io.RawIOBase):
+    """Where a program prints to: the test may look at it."""
+
+    def __init__(self):
+        self.text = bytearray()
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if len(self.text) < 1 << 20:
+            self.text += data
+        return len(data)
 
 
 def serve():
@@ -430,13 +756,17 @@ def serve():
     sys.modules["program"] = sys.modules["__main__"] = module  # where dataclasses look
     space = vars(module)
 
-    def run(source: str) -> dict[str, str]:
+    def run(*sources: str) -> dict[str, str]:
         """The global names, each with the name of the module that it stands for, if any."""
-        exec(source, space)
+        for source in sources:
+            exec(source, space)
         return {k: v.__name__ if type(v) is types.ModuleType else "" for k, v in space.items()}
 
     try:
-        link = Link(OPERATIONS | {"run": run, "name": space.__getitem__})
+        link = Link(1, CALLS | OPERATIONS | {"run": run, "name": space.__getitem__})
+        printed = Printed()
+        sys.stdout, link.printed = io.TextIOWrapper(printed, "utf-8", "replace", write_through=True), printed.text
+        builtins.input = lambda *prompt: link.ask("input", *prompt)
         while True:
             link.answer(*link.receive())
     finally:
@@ -451,24 +781,49 @@ class Names(dict):
     else of the program: one of MBPP's 498 functions is named `sum`."""
 
     def __init__(self, link: Link, test: str, names: dict[str, str]):
-        super().__init__(__builtins__=dict(vars(builtins)), __name__="test")
+        super().__init__(__builtins__=vars(builtins) | {"type": Type}, __name__="test")
         known = names.keys() & set(re.findall(r"\w+", test))
-        self.link, self.known = link, {name: names[name] for name in known - vars(builtins).keys() or known}
+        self.link, self.names = link, names
+        self.hidden = vars(builtins).keys() if known - vars(builtins).keys() else vars(builtins).keys() - known
 
     def __missing__(self, name: str):
-        module = self.known[name]
+        if name in self.hidden:
+            raise KeyError(name)
+        module = self.names.get(name, "")
         known = module in sys.stdlib_module_names
         return importlib.import_module(module) if known else self.link.ask("name", name)
 
 
-def judge(program: str, tests: list[str]):
+class Types(type):
+    def __instancecheck__(cls, value):
+        return isinstance(value, type)
+
+    def __eq__(cls, other):
+        return other is type or other is cls
+
+    __hash__ = type.__hash__
+
+
+class Type(type, metaclass=Types):
+    """A test's `type`, which knows the classes of the program's objects."""
+
+    def __new__(cls, *args, **options):
+        value = args[0]
+        if len(args) == 1:
+            return value.__class__ if type(value) is Handle else type(value)
+        return super().__new__(cls, *args, **options)
+
+
+def judge(program: list[str], tests: list[str]):
     """Have the program run and run the tests; write a 0 or 1 for each to descriptor 5. Never returns."""
     try:
-        link = Link(CALLS)
+        allowed = {what: ours(what, function) for what, function in OPERATIONS.items()}
+        link = Link(0, allowed | CALLS | {"input": lambda *prompt: input(*prompt)}, judges=True)
         link.ask("run", "")  # returns: the program's process is confined
         os.write(5, b".")
-        names, marks = link.ask("run", program), b""
+        names, marks = link.ask("run", *program), b""
         for test in tests:
+            prepare(link, test)
             try:
                 exec(test, Names(link, test, names))
                 marks += b"1"
@@ -477,6 +832,19 @@ def judge(program: str, tests: list[str]):
         os.write(5, marks + b".")
     finally:
         os._exit(0)
+
+
+def prepare(link: Link, test: str):
+    """What a test may do to modules that judge and program do not share: seed, run a coroutine, print."""
+    sys.stdout = sys.__stdout__
+    if "random" in test and not link.random:
+        import random
+        link.random = random.getstate()
+    if "asyncio" in test:
+        import asyncio
+        run = asyncio.Runner.run
+        asyncio.Runner.run = lambda self, main, **options: (
+            link.ask("await", main) if type(main) is Handle else run(self, main, **options))
 
 
 if __name__ == "__main__":
