@@ -288,6 +288,7 @@ CHANGING = {  # containers: made empty with these arguments, then filled; what e
 COPIED = SIMPLE.keys() | GROUPS | CHANGING.keys()
 PLAIN = bool, int, float, complex, str, bytes, bytearray, tuple, list, range, set, frozenset, dict, type(None)
 NAMED = COPIED | {"builtins.bool", "builtins.str", "builtins.NoneType", "builtins.object"}  # classes, as names
+OS_ERRORS = {kind for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, OSError)}
 SINGLE = {"...": ..., "NotImplemented": NotImplemented}
 ENDS = {"next": StopIteration, "send": StopIteration, "await": StopAsyncIteration}  # who may end a loop of a test
 of_type = {name: vars(type)[name].__get__ for name in ("__module__", "__qualname__", "__bases__", "__mro__")}
@@ -296,6 +297,12 @@ of_type = {name: vars(type)[name].__get__ for name in ("__module__", "__qualname
 def name_of(kind: type) -> str:
     """Module and name, whatever its metaclass says."""
     return f"{of_type['__module__'](kind)}.{of_type['__qualname__'](kind)}"
+
+
+def changed(value, parts: list) -> bool:
+    """Whether a container holds other objects than these."""
+    now = parts_of(value)
+    return len(now) != len(parts) or not all(map(operator.is_, now, parts))
 
 
 def named(name: str):
@@ -327,41 +334,38 @@ class Link:
         self.parts = {}  # number: what a shared container held when both sides last agreed
         self.fresh = []  # numbers that the next message is to describe
         self.news, self.empty = {}, []  # described by the other side, not yet made; made, not yet filled
-        self.printed, self.random = None, None
+        self.printed, self.random = {}, None
 
     def send(self, what: str, *trees):
         """A message, after what is new. What nobody here but this table holds is forgotten on both sides."""
-        lines = []
-        gone = [number for number in self.shared if sys.getrefcount(self.shared[number]) == 2]
-        if gone:
-            self.forget(*gone)
-            lines.append(["forget", *gone])
-        if self.printed:
-            lines.append(["printed", self.printed.decode(errors="replace")])
-            self.printed.clear()
+        lines = [["printed", name, text.decode(errors="replace")] for name, text in self.printed.items() if text]
+        for text in self.printed.values():
+            text.clear()
         if self.random and self.random != (state := sys.modules["random"].getstate()):
             lines.append(["random", state])  # the test seeded: the program's draws are those of the seed
             sys.modules["random"].random()  # so that the same seed again is a change
             self.random = sys.modules["random"].getstate()
-        for number, before in self.parts.items():
-            now = parts_of(self.shared[number])
-            if len(now) != len(before) or not all(map(operator.is_, now, before)):
-                self.fresh.append(number)
+        self.fresh += [number for number, parts in self.parts.items() if changed(self.shared[number], parts)]
         while self.fresh:
             lines.append(self.describe(self.fresh.pop()))
+        gone = [number for number in self.shared if sys.getrefcount(self.shared[number]) == 2]
+        if gone:
+            self.forget(*gone)
+            lines.append(["forget", *gone])
         self.writer.write("".join(json.dumps(line) + "\n" for line in [*lines, [what, *trees]]).encode())
         self.writer.flush()
 
     def receive(self) -> list:
         """The next message, when all that it needs is made."""
+        gone = []
         while True:
             what, *rest = message = json.loads(self.reader.readline() or os._exit(0))  # the other side is gone
             if what == "object":
                 self.news[rest[0]] = rest[1:]
             elif what == "forget":
-                self.forget(*rest)
-            elif what == "printed":
-                sys.stdout.write(*rest)
+                gone = rest
+            elif what == "printed" and rest[0] in ("stdout", "stderr"):
+                getattr(sys, rest[0]).write(rest[1])
             elif what == "random" and not self.judges:
                 version, words, gauss = rest[0]
                 importlib.import_module("random").setstate((version, tuple(words), gauss))
@@ -372,6 +376,7 @@ class Link:
                 self.make(next(iter(self.news)))
             else:
                 self.fill(*self.empty.pop())
+        self.forget(*gone)
         return message
 
     def ask(self, what: str, /, *args, **options):
@@ -396,7 +401,8 @@ class Link:
             result = self.allowed[what](*values, **{k: self.decode(v) for k, v in options.items()})
             reply = "returned", self.encode(result)
         except BaseException as error:
-            reply = "raised", self.encode(error.with_traceback(None))
+            result = error.with_traceback(None)  # kept: what nobody holds is forgotten
+            reply = "raised", self.encode(result)
         if os.getpid() != self.owner:
             os._exit(0)  # a forked copy that tried another answer
         self.send(*reply)
@@ -429,7 +435,7 @@ class Link:
         elif number in self.own and issubclass(type(value), BaseException):
             cause, attributes = BaseException.__cause__.__get__(value), object.__getattribute__(value, "__dict__")
             what, start = "error", [type(value), cause, *parts_of(attributes)]
-            parts = BaseException.args.__get__(value)
+            parts = value.__reduce__()[1] if type(value) in OS_ERRORS else BaseException.args.__get__(value)
         elif number in self.own:
             what = "handle"
         elif what in SIMPLE:
@@ -522,6 +528,11 @@ class Handle:
     def __call__(self, /, *args, **options):
         return self._link.ask("call", self, *args, **options)
 
+    def __getattribute__(self, name):
+        if name not in ("__doc__", "__module__"):
+            return object.__getattribute__(self, name)
+        return self._link.ask("getattr", self, name)
+
     def __getattr__(self, name):
         if name in ("send", "throw"):
             return functools.partial(self._link.ask, name, self)
@@ -545,6 +556,21 @@ class Handle:
     def __await__(self):
         return self._link.ask("await", self)
         yield
+
+    def __aexit__(self, kind, error, traceback):
+        return self._link.ask("aexit", self, error)
+
+    def __contains__(self, item):
+        """By the items, and the program's word must agree."""
+        if not self._link.judges or type(item) is Handle:
+            return self._link.ask("contains", self, item)
+        found = any(item is part or item == part for part in self)
+        if self._link.ask("contains", self, item) not in (found, None):
+            raise RuntimeError("the items of the program's object are others than it says")
+        return found
+
+    def __copy__(self):
+        return self._link.ask("copy", self)
 
     def __deepcopy__(self, memo):
         return self._link.ask("deepcopy", self)
@@ -577,6 +603,16 @@ class Mirror(type):
         return type.__subclasscheck__(cls, kind) or type.__getattribute__(cls, "_link").ask("issubclass", kind, cls)
 
 
+    def __getitem__(cls, key):
+        return mirrored(cls, "getitem", key)
+
+    def __iter__(cls):
+        return mirrored(cls, "iter")
+
+    def __len__(cls):
+        return mirrored(cls, "len")
+
+
 def mirrored(cls: Mirror, what: str, /, *args, **options):
     """What the other side's `what` makes of its class."""
     return type.__getattribute__(cls, "_link").ask(what, cls, *args, **options)
@@ -602,8 +638,11 @@ def stand_in(kind: type, args: list, cause, attributes: list) -> BaseException:
     if not (isinstance(kind, type) and type.__subclasscheck__(BaseException, kind)):
         raise RuntimeError("not an exception")
     known = next(base for base in of_type["__mro__"](kind) if type(base) is type)
-    error = kind(*args) if known is kind and kind.__module__ == "builtins" else known.__new__(kind, *args)
-    error.args = args
+    if known is kind and kind.__module__ == "builtins":
+        error = kind(*args)
+    else:
+        error = known.__new__(kind, *args)
+        error.args = args
     error.__cause__ = cause
     vars(error).update(zip(attributes[::2], attributes[1::2], strict=True))
     return error
@@ -614,9 +653,10 @@ def plain(value, operation: str = "") -> list:
     an `operation` of its own."""
     if type(value) in VIEWS:
         return [set(value)]
-    kinds = [kind for kind in PLAIN if kind in of_type["__mro__"](type(value))][:1]
+    kinds = [kind for kind in PLAIN if kind in of_type["__mro__"](type(value))][:1]  # bool is an int, too
+    exact = {str: str.__str__, int: int.__int__, float: float.__float__}  # str(value) is what its class says
     own = operation and any(getattr(type(value), operation, None) != getattr(kind, operation, None) for kind in kinds)
-    return [] if own else [kind(value) for kind in kinds]
+    return [] if own else [exact.get(kind, kind)(value) for kind in kinds]
 
 
 def call(function, /, *args, **options):
@@ -628,9 +668,11 @@ def leave(manager, error):
     return type(manager).__exit__(manager, type(error) if error else None, error, None)
 
 
-def send(generator, *args):
-    """To a generator; a coroutine is not sent to but awaited."""
-    return generator.send(*args)
+def advance(iterator):
+    """`next`, with which an event loop of a test runs a coroutine: its first step is all of it."""
+    if type(iterator) is types.CoroutineType:
+        raise StopIteration(wait_for(iterator))
+    return next(iterator)
 
 
 def wait_for(value):
@@ -642,17 +684,25 @@ def wait_for(value):
     return asyncio.run(wait())
 
 
-def deep_copy(value):
+def contains(value, item):
+    """None if only the items say it."""
+    return item in value if hasattr(type(value), "__contains__") else None
+
+
+def copied(value, how: str = "copy"):
     import copy
-    return copy.deepcopy(value)
+    return getattr(copy, how)(value)
 
 
 VIEWS = type({}.keys()), type({}.items())
+DECOYS = set(PLAIN) - {type(None), range}
 # what each side may ask of the other's objects; more than CALLS, a program may of objects of the test's classes
-CALLS = {"call": call, "iter": iter, "next": next, "isinstance": isinstance, "issubclass": issubclass}
+CALLS = {"call": call, "iter": iter, "next": advance, "isinstance": isinstance, "issubclass": issubclass,
+         "copy": copied, "deepcopy": lambda value: copied(value, "deepcopy"), "callable": callable}
 OPERATIONS = {"getattr": getattr, "setattr": setattr, "delattr": delattr, "class": type, "plain": plain,
-              "exit": leave, "send": send, "throw": lambda generator, *args: generator.throw(*args),
-              "await": wait_for, "deepcopy": deep_copy}
+              "exit": leave, "send": lambda generator, *args: generator.send(*args), "throw": lambda generator, *args: generator.throw(*args),
+              "await": wait_for, "contains": contains,
+              "aexit": lambda manager, error: type(manager).__aexit__(manager, type(error), error, None)}
 
 
 def seen(result, operator_name: str):
@@ -662,6 +712,15 @@ def seen(result, operator_name: str):
         raise RuntimeError(f"{operator_name} of the program saw a value of the test: no number is taken from it")
     object.__setattr__(result, "_shown", operator_name)
     return result
+
+
+def unlike(handle: Handle, name: str, other):
+    """NotImplemented, or what the program raises for a value like `other`, which it does not see. Whatever else
+    it says, a test cannot rely on it."""
+    answer = handle._link.ask(name, handle, type(other)() if type(other) in DECOYS else None)
+    if name not in ("eq", "ne") or answer is not (name == "ne"):
+        raise RuntimeError(f"{name} of the program is to compare with a value of the test")
+    return NotImplemented
 
 
 def forwarded(name: str, function):
@@ -680,8 +739,10 @@ def compared(name: str, function):
     def operation(self, other):
         if not self._link.judges or type(other) is Handle:
             return self._link.ask(name, self, other)
-        value = seen(None, self._shown) if self._shown else self._link.ask("plain", self)
-        return function(value[0], other) if value else NotImplemented
+        value = seen(None, self._shown) if self._shown else self._link.ask("plain", self, f"__{name}__")
+        if value:
+            return function(value[0], other)
+        return unlike(self, name, other)
 
     OPERATIONS[name] = function
     setattr(Handle, f"__{name}__", operation)
@@ -695,14 +756,15 @@ def combined(name: str, function, shows: bool):
         value = [] if self._shown else self._link.ask("plain", self, f"__{name}__")
         if value:
             return function(value[0], other, *rest)
-        return seen(self._link.ask(name, self, other, *rest), name) if shows else NotImplemented
+        return seen(self._link.ask(name, self, other, *rest), name) if shows else unlike(self, name, other)
 
     OPERATIONS[name] = function
     setattr(Handle, f"__{name}__", operation)
 
 
-NUMBERS = "abs round neg pos invert int float complex index bool len trunc floor ceil".split()
-for function in (iter, next, len, str, repr, bool, hash, int, float, complex, abs, round, reversed, format, dir, bytes,
+NUMBERS = "abs round neg pos invert int float complex index bool trunc floor ceil".split()
+forwarded("next", advance)
+for function in (iter, len, str, repr, bool, hash, int, float, complex, abs, round, reversed, format, dir, bytes,
                  math.trunc, math.floor, math.ceil):
     forwarded(function.__name__, function)
 for name in "index neg pos invert getitem setitem delitem".split():
@@ -715,7 +777,7 @@ for name in "eq ne lt le gt ge".split():
     compared(name, getattr(operator, name))
 for name in "add sub mul truediv floordiv mod pow divmod lshift rshift and or xor matmul".split():
     function = {"divmod": divmod, "pow": pow}.get(name) or getattr(operator, f"__{name}__")
-    shows = name not in ("sub", "xor")  # whose natural use is to compare
+    shows = name not in ("sub", "xor", "and", "divmod")  # whose natural use is to compare
     combined(name, function, shows)
     combined(f"r{name}", lambda value, other, function=function: function(other, value), shows)
     if name != "divmod":
@@ -728,7 +790,7 @@ def ours(what: str, function):
         kind = type(value)
         public = what not in ("getattr", "setattr", "delattr") or args[0][:1] != "_" or args[0] == "__class__"
         described = what == "getattr" and args[0] in ("__name__", "__qualname__", "__doc__", "__module__")
-        own = of_type["__module__"](value if kind is type else kind) in ("test", "_io") or kind in VIEWS
+        own = of_type["__module__"](value if kind is type else kind) in ("test", "_io") or kind in (*VIEWS, type({}.values()))
         if not (own and public or described and kind in (type, types.FunctionType)):
             raise AttributeError(what)
         return function(value, *args)
@@ -764,8 +826,10 @@ def serve():
 
     try:
         link = Link(1, CALLS | OPERATIONS | {"run": run, "name": space.__getitem__})
-        printed = Printed()
-        sys.stdout, link.printed = io.TextIOWrapper(printed, "utf-8", "replace", write_through=True), printed.text
+        for name in "stdout", "stderr":
+            printed = Printed()
+            link.printed[name] = printed.text
+            setattr(sys, name, io.TextIOWrapper(printed, "utf-8", "replace", write_through=True))
         builtins.input = lambda *prompt: link.ask("input", *prompt)
         while True:
             link.answer(*link.receive())
@@ -781,7 +845,8 @@ class Names(dict):
     else of the program: one of MBPP's 498 functions is named `sum`."""
 
     def __init__(self, link: Link, test: str, names: dict[str, str]):
-        super().__init__(__builtins__=vars(builtins) | {"type": Type}, __name__="test")
+        own = {"type": Type, "callable": lambda v: link.ask("callable", v) if type(v) is Handle else callable(v)}
+        super().__init__(__builtins__=vars(builtins) | own, __name__="test")
         known = names.keys() & set(re.findall(r"\w+", test))
         self.link, self.names = link, names
         self.hidden = vars(builtins).keys() if known - vars(builtins).keys() else vars(builtins).keys() - known
@@ -836,15 +901,10 @@ def judge(program: list[str], tests: list[str]):
 
 def prepare(link: Link, test: str):
     """What a test may do to modules that judge and program do not share: seed, run a coroutine, print."""
-    sys.stdout = sys.__stdout__
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     if "random" in test and not link.random:
         import random
         link.random = random.getstate()
-    if "asyncio" in test:
-        import asyncio
-        run = asyncio.Runner.run
-        asyncio.Runner.run = lambda self, main, **options: (
-            link.ask("await", main) if type(main) is Handle else run(self, main, **options))
 
 
 if __name__ == "__main__":
