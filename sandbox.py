@@ -24,6 +24,7 @@ builtin ones that they derive from; use `in` for what has no items.
 """
 
 import _thread
+import abc
 import builtins
 import contextlib
 import ctypes
@@ -378,6 +379,8 @@ CHANGING = {  # containers: made empty with these arguments, then filled; what e
 COPIED = SIMPLE.keys() | GROUPS | CHANGING.keys()
 PLAIN = bool, int, float, complex, str, bytes, bytearray, tuple, list, range, set, frozenset, dict, type(None)
 NAMED = COPIED | {"builtins.bool", "builtins.str", "builtins.NoneType", "builtins.object"}  # classes, as names
+UNMADE = {f"builtins.{kind.__name__}": kind for kind in (  # so do these, of which none can be made by a call
+    types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, types.BuiltinFunctionType)}
 OS_ERRORS = {kind for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, OSError)}
 SINGLE = {"...": ..., "NotImplemented": NotImplemented}
 ENDS = {"next": StopIteration, "send": StopIteration, "await": StopAsyncIteration}  # who may end a loop of a test
@@ -398,7 +401,8 @@ def changed(value, parts: list) -> bool:
 def named(name: str):
     """The class of that name."""
     module, _, kind = name.rpartition(".")
-    return type(None) if kind == "NoneType" else getattr(importlib.import_module(module), kind)
+    known = UNMADE | {"builtins.NoneType": type(None)}
+    return known.get(name) or getattr(importlib.import_module(module), kind)
 
 
 def parts_of(value) -> list:
@@ -424,6 +428,7 @@ class Link:
         self.parts = {}  # number: what a shared container held when both sides last agreed
         self.fresh = []  # numbers that the next message is to describe
         self.news, self.empty = {}, []  # described by the other side, not yet made; made, not yet filled
+        self.making, self.gone = 0, []  # how many messages are; what the other side forgot meanwhile
         self.printed, self.random = {}, None
 
     def send(self, what: str, *trees):
@@ -439,21 +444,21 @@ class Link:
         while self.fresh:
             lines.append(self.describe(self.fresh.pop()))
         gone = [number for number in self.shared if sys.getrefcount(self.shared[number]) == 2]
-        if gone:
-            self.forget(*gone)
+        if gone and not self.making:
+            self.gone += gone
+            self.forget()
             lines.append(["forget", *gone])
         self.writer.write("".join(json.dumps(line) + "\n" for line in [*lines, [what, *trees]]).encode())
         self.writer.flush()
 
     def receive(self) -> list:
         """The next message, when all that it needs is made."""
-        gone = []
         while True:
             what, *rest = message = json.loads(self.reader.readline() or os._exit(0))  # the other side is gone
             if what == "object":
                 self.news[rest[0]] = rest[1:]
             elif what == "forget":
-                gone = rest
+                self.gone += rest
             elif what == "printed" and rest[0] in ("stdout", "stderr"):
                 getattr(sys, rest[0]).write(rest[1])
             elif what == "random" and not self.judges:
@@ -461,12 +466,15 @@ class Link:
                 importlib.import_module("random").setstate((version, tuple(words), gauss))
             else:
                 break
-        while self.news or self.empty:
-            if self.news:
-                self.make(next(iter(self.news)))
-            else:
-                self.fill(*self.empty.pop())
-        self.forget(*gone)
+        self.making += 1  # which may ask: a Handle that is a key for its hash
+        try:
+            while self.news or self.empty:
+                if self.news:
+                    self.make(next(iter(self.news)))
+                else:
+                    self.fill(*self.empty.pop())
+        finally:
+            self.making -= 1
         return message
 
     def ask(self, what: str, /, *args, **options):
@@ -475,7 +483,8 @@ class Link:
             self.send(what, [self.encode(arg) for arg in args], {k: self.encode(v) for k, v in options.items()})
             while (message := self.receive())[0] not in ("returned", "raised"):
                 self.answer(*message)  # it calls a function that the test gave it
-        result = self.decode(message[1])
+            result = self.decode(message[1])
+            self.forget()
         if message[0] == "returned":
             return result
         # or it would end the test's loop over map(f, ...)
@@ -487,8 +496,9 @@ class Link:
         try:
             if what not in self.allowed:
                 raise AttributeError(what)
-            values = [self.decode(arg) for arg in args]
-            result = self.allowed[what](*values, **{k: self.decode(v) for k, v in options.items()})
+            values, options = [self.decode(arg) for arg in args], {k: self.decode(v) for k, v in options.items()}
+            self.forget()
+            result = self.allowed[what](*values, **options)
             reply = "returned", self.encode(result)
         except BaseException as error:
             result = error.with_traceback(None)  # kept: what nobody holds is forgotten
@@ -503,8 +513,8 @@ class Link:
         if value is None or kind in (bool, str) or kind is int and abs(value) < 1 << 63 \
                 or kind is float and value == value:
             return value
-        if kind is type and name_of(value) in NAMED and named(name_of(value)) is value:
-            return [name_of(value)]
+        if kind is type and (name := name_of(value)) in NAMED | UNMADE.keys() and named(name) is value:
+            return [name]
         if value is ... or value is NotImplemented:
             return [str(value).replace("Ellipsis", "...")]
         number = self.numbers.get(id(value))
@@ -542,7 +552,7 @@ class Link:
         (name,) = tree
         if name in SINGLE:
             return SINGLE[name]
-        if name in NAMED:
+        if name in NAMED or name in UNMADE:
             return named(name)
         if name in self.own:
             return self.own[name]
@@ -593,8 +603,10 @@ class Link:
                 value[key] = item
         self.parts[number] = parts_of(value)
 
-    def forget(self, *numbers: int):
-        for number in numbers:
+    def forget(self):
+        """What the other side forgot, unless a message that may name it is still being read."""
+        while self.gone and not self.making:
+            number = self.gone.pop()
             value = (self.shared if number in self.shared else self.own).pop(number)
             self.numbers.pop(id(value), None)
             self.parts.pop(number, None)
@@ -606,7 +618,7 @@ class Handle:
     The judge's end is careful with operators: what a program's object equals is not for the program to say.
     To compare, it counts as the builtin value that it extends (a namedtuple is a tuple), or as unlike all but
     other handles. Of arithmetic with a value of the test the program sees that value, so what it gives must be
-    another object, which is not taken for a number: abs(f(2) - 20) < 1 is not for the program to say either.
+    another object, which is not taken for a number: how near its answer is is not for the program to say either.
     `x in handle` looks at the items."""
 
     __slots__ = "_link", "_number", "_shown"
@@ -775,6 +787,10 @@ def wait_for(value):
     return asyncio.run(wait())
 
 
+def is_a(value, module: str, name: str) -> bool:
+    return isinstance(value, getattr(importlib.import_module(module), name))
+
+
 def contains(value, item):
     """None if only the items say it."""
     return item in value if hasattr(type(value), "__contains__") else None
@@ -792,7 +808,7 @@ CALLS = {"call": call, "iter": iter, "next": advance, "isinstance": isinstance, 
          "copy": copied, "deepcopy": lambda value: copied(value, "deepcopy"), "callable": callable}
 OPERATIONS = {"getattr": getattr, "setattr": setattr, "delattr": delattr, "class": type, "plain": plain,
               "exit": leave, "send": lambda generator, *args: generator.send(*args), "throw": lambda generator, *args: generator.throw(*args),
-              "await": wait_for, "contains": contains,
+              "await": wait_for, "contains": contains, "is_a": is_a,
               "aexit": lambda manager, error: type(manager).__aexit__(manager, type(error), error, None)}
 
 
@@ -936,7 +952,7 @@ class Names(dict):
     else of the program: one of MBPP's 498 functions is named `sum`."""
 
     def __init__(self, link: Link, test: str, names: dict[str, str]):
-        own = {"type": Type, "callable": lambda v: link.ask("callable", v) if type(v) is Handle else callable(v)}
+        own = {"type": Type, "callable": is_callable, "isinstance": is_instance}
         super().__init__(__builtins__=vars(builtins) | own, __name__="test")
         known = names.keys() & set(re.findall(r"\w+", test))
         self.link, self.names = link, names
@@ -948,6 +964,21 @@ class Names(dict):
         module = self.names.get(name, "")
         known = module in sys.stdlib_module_names
         return importlib.import_module(module) if known else self.link.ask("name", name)
+
+
+def is_callable(value) -> bool:
+    """A test's `callable`: Handle has all methods there are."""
+    return value._link.ask("callable", value) if type(value) is Handle else callable(value)
+
+
+def is_instance(value, kinds) -> bool:
+    """A test's `isinstance`; what classes like collections.abc.Iterator say of the methods of Handle is not it."""
+    if type(kinds) is tuple:
+        return any(is_instance(value, kind) for kind in kinds)
+    if type(value) is Handle and type(kinds) is abc.ABCMeta and kinds.__module__ in sys.stdlib_module_names | {
+            "collections.abc"}:
+        return value._link.ask("is_a", value, kinds.__module__, kinds.__qualname__)
+    return isinstance(value, kinds)
 
 
 class Types(type):
