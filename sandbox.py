@@ -4,23 +4,38 @@
                                                 -- the program: serve, which answers -- whatever it starts
 
 1. The program's process never holds the tests nor what decides. To a test, names of the program are requests
-   to that process; values pass as JSON and are compared in the judge, which runs nothing of the program.
+   to that process. Values of the standard library pass as data, are compared in the judge, and stay the same
+   objects: what one side changes, the other sees. All else stays where it is and passes as a Handle, which has
+   every operator. The judge runs nothing of the program.
 2. Both get a fresh interpreter without site-packages, no environment, no capabilities and none of our
    descriptors but the pipes between them. If the trainer is root, each is another user.
 3. Limits on CPU time, memory, processes, open files and file size of each process; if the machine runs out of
    memory, the kernel takes these processes first.
 4. In the end, at the timeout or when the trainer is gone, the supervisor kills every descendant.
-5. Seccomp (x86-64, ARM64): no sockets, no ptrace. Landlock (Linux 5.13): no writing outside the program's
-   folder, no reading of other processes; 6.7: no TCP; 6.12: no signals to other processes.
+5. Seccomp (x86-64, ARM64): no sockets, no ptrace, no limits, priority or memory of other processes, no memory
+   without a mapping; for an ordinary user without 6, no chmod or chown of any file. Landlock (Linux 5.13): no
+   writing outside the program's folder, no reading of other processes; 6.7: no TCP; 6.12: no signals to other
+   processes.
 6. Namespaces of the program (if root or allowed): no network, other processes do not exist, all end with the
    first, and the folder is a small memory disk.
 
-What it does not stop: reading what its user may read, be it the tests; tests that take the program's word (a
-function or method of its own compares); 16 processes of `memory_mb` each. Without 6: a full disk until the
-end, shared memory left behind. Without 5 and 6: the network; unless root, reading and killing processes of
-the same user. What a test cannot do: share files with the program; hand it objects of the test's classes (it
-may hand it functions); await, or derive from, what is the program's; catch its exceptions other than as the
-builtin ones that they derive from; use `in` for what has no items.
+What it does not stop: reading what its user may read, be it the tests, and locking it (flock); tests that take
+the program's word (a function or method of its own compares, or both sides of an operator are its own); 16
+processes of `memory_mb` each. Without 6: a full disk until the end; folders by the thousand, which a process
+removes that nobody waits for. Without 5 and 6: the network, shared memory left behind; unless root, reading,
+changing and killing processes of the same user, and changing its files.
+
+What a test cannot do, although plain Python can (each fails, none passes wrongly):
+- compare an object of the program's class with a value, if its class has an operator of its own for that; take
+  a difference of the two, or a number from any operator that was shown the value; use `in` for what has no items
+- derive from what is the program's; pickle it; look at it with inspect or with the functions of dataclasses;
+  give it to a function in C that wants a str, a list or the like and not what derives from it
+- hand the program objects whose private names it uses, or which derive from builtin values, or of classes of the
+  standard library that are not in COPIED and not files
+- change a global name or a module for the program (but stdin, stdout, stderr, input, and random by its seed);
+  share files, environment or event loop with it; call it in two threads at once that wait for one another
+- see that two equal str, int or float are the same object, or read a name that the program hides behind a
+  builtin one (see Names)
 """
 
 import _thread
@@ -83,7 +98,8 @@ def run_tests(program: str, tests: list[str], timeout: float = 5.0, memory_mb: i
     return [False] * len(tests)
 
 
-def start_supervisor(program: list[str], tests: list[str], timeout: float, memory_mb: int) -> tuple[bytes, str]:
+def start_supervisor(program: list[str], tests: list[str], timeout: float, memory_mb: int
+                     ) -> tuple[bytes, str]:
     """What the supervisor prints: the marks, and what went wrong if there was no sandbox."""
     import subprocess  # here, because the supervisor starts faster without
     import tempfile
@@ -94,28 +110,30 @@ def start_supervisor(program: list[str], tests: list[str], timeout: float, memor
     settings = json.dumps([len(tests), timeout, memory_mb, NAMESPACES, os.getpid()])
     command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", START, str(len(code)), path, settings]
     try:
-        done = subprocess.run(command, input=code + json.dumps([program, tests]).encode(), capture_output=True,
+        job = json.dumps([program, tests]).encode()
+        done = subprocess.run(command, input=code + job, capture_output=True,
                               timeout=10 * timeout + 10, cwd=folder, env={}, start_new_session=True)
     except subprocess.TimeoutExpired:  # even the supervisor hangs
         return b"", ""
     finally:
-        if not remove(folder, descriptor, 2.0):  # as many as it made in all its time: not for us to wait for
+        if not remove(folder, descriptor, 5.0):  # as many as it made in all its time: not for us to wait for
             rest = json.dumps({"folder": folder, "descriptor": descriptor, "seconds": 3600.0})
-            subprocess.Popen([*command[:5], path, rest], pass_fds=[descriptor], env={}, start_new_session=True)
+            subprocess.Popen([*command[:5], path, rest], pass_fds=[descriptor], env={},
+                             start_new_session=True)
         os.close(descriptor)
     return done.stdout, done.stderr.decode(errors="replace")  # the program can write to neither
 
 
 @functools.cache
 def compiled(path: str) -> bytes:
-    """This file's code. (To compile it for each program takes 20 ms, and Python keeps none of a main program.)"""
+    """This file's code. (To compile it for each program takes 20 ms.)"""
     with open(path) as file:
         return marshal.dumps(compile(file.read(), path, "exec"))
 
 
 def remove(folder: str, descriptor: int, seconds: float) -> bool:
-    """Remove the folder that is open as `descriptor`, and what stands in its place; whether that took less than
-    `seconds`. No link is followed."""
+    """Remove the folder that is open as `descriptor`, and what stands in its place; whether that took less
+    than `seconds`. No link is followed."""
     try:
         done = empty(descriptor, time.monotonic() + seconds)
     except OSError:  # somebody else's, or it still changes
@@ -131,35 +149,32 @@ def remove(folder: str, descriptor: int, seconds: float) -> bool:
 def empty(top: int, deadline: float) -> bool:
     """Remove all that is in an open folder; False if the time is over before.
 
-    Not shutil.rmtree, which raises RecursionError if there are a thousand nested folders: what is deeper is moved
-    up into `top` first."""
+    Not shutil.rmtree, which raises RecursionError if there are a thousand nested folders: what is deeper is
+    moved up into `top` first."""
     while names := os.listdir(top):
         for name in names:
             if time.monotonic() > deadline:
                 return False
-            if not deleted(name, top):
+            if not unlinked(name, top):
                 folder = os.open(name, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
                 for inner in os.listdir(folder):
-                    if not deleted(inner, folder):
+                    if not unlinked(inner, folder):
                         os.rename(inner, os.urandom(8).hex(), src_dir_fd=folder, dst_dir_fd=top)
                 os.close(folder)
                 os.rmdir(name, dir_fd=top)
     return True
 
 
-def deleted(name: str, folder: int) -> bool:
-    """Remove a file or empty folder; False for a folder with something in it, which then is not locked."""
+def unlinked(name: str, folder: int) -> bool:
+    """Remove a file; False for a folder, which then is not locked."""
     try:
         os.unlink(name, dir_fd=folder)
+        return True
     except IsADirectoryError:
-        try:
-            os.rmdir(name, dir_fd=folder)
-        except OSError:
-            path = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY, dir_fd=folder)
-            os.chmod(f"/proc/self/fd/{path}", 0o700)
-            os.close(path)
-            return False
-    return True
+        path = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY, dir_fd=folder)
+        os.chmod(f"/proc/self/fd/{path}", 0o700)
+        os.close(path)
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ supervisor
@@ -263,8 +278,8 @@ def confine(libc: ctypes.CDLL, user: int, keep: list[int], seconds: int, memory:
     os.setsid()
     attributes = struct.pack("4Q", 1, 0, 1 << 18, 0)  # MOUNT_ATTR_RDONLY, MS_PRIVATE: none is seen elsewhere
     # CLONE_NEWNS; mount_setattr(AT_FDCWD, "/", AT_RECURSIVE, ...) needs Linux 5.12
-    isolated = isolated and libc.unshare(0x20000) == 0 and libc.syscall(442, -100, b"/", 0x8000, attributes, 32) == 0
-    if isolated:
+    isolated = isolated and libc.unshare(0x20000) == 0
+    if isolated := isolated and libc.syscall(442, -100, b"/", 0x8000, attributes, 32) == 0:
         folder = os.fsencode(os.getcwd())
         libc.mount(b"proc", b"/proc", b"proc", 14, None)  # MS_NOSUID | MS_NODEV | MS_NOEXEC
         libc.mount(b"tmpfs", folder, b"tmpfs", 14, b"size=64m,nr_inodes=4k")
@@ -325,23 +340,24 @@ def landlock(libc: ctypes.CDLL, own_folder: bool):
 # System calls that a program may not make, on x86-64 and ARM64
 SOCKETS = {"socket": (41, 198), "io_uring_setup": (425, 425)}  # the second makes them without the first
 OTHERS = {  # act on other processes of the user
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438),
-    "process_madvise": (440, 440), "setpriority": (141, 140), "ioprio_set": (251, 30), "migrate_pages": (256, 238),
-    "move_pages": (279, 239), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "keyctl": (250, 219), "add_key": (248, 217),
-    "request_key": (249, 218)}
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "setpriority": (141, 140), "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238), "move_pages": (279, 239), "sched_setaffinity": (203, 122),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218)}
 MEMORY = {"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194)}  # outlives its mapping
 FILES = {  # change files that the user owns, wherever they are; Landlock does not cover them
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
-    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
-    "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14), "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16), "removexattrat": (466, 466), "file_setattr": (469, 469)}
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    "file_setattr": (469, 469)}
 
 
 def seccomp(libc: ctypes.CDLL, files: bool):
-    """Forbid these system calls (sockets in the file system, too: Docker and a session bus obey who connects), and
-    prlimit on other processes; FILES only if the user's files are in reach."""
+    """Forbid these system calls (sockets in the file system, too: Docker and a session bus obey who connects),
+    and prlimit on other processes; FILES only if the user's files are in reach."""
     machines = {"x86_64": (0xC000003E, 0, 302), "aarch64": (0xC00000B7, 1, 261)}
     if os.uname().machine not in machines or struct.calcsize("P") != 8:
         return
@@ -360,30 +376,37 @@ def seccomp(libc: ctypes.CDLL, files: bool):
 
 # ---------------------------------------------------------------------------- the talk of judge and program
 
-# None, bool, float, str and small int pass as they are. All else has a number and is described once to the other
-# side. If its class is one of these, the other side makes a copy of exactly that class: no method comes along.
-SIMPLE = {  # the class, called with these arguments, makes the copy. (Python reads no int of 4301 decimal digits.)
-    "builtins.int": lambda v: [hex(v), 16], "builtins.float": lambda v: [str(v)],  # nan, which is itself only
-    "builtins.complex": lambda v: [v.real, v.imag], "builtins.bytes": lambda v: [v.decode("latin-1"), "latin-1"],
+# None, bool, float, str and small int pass as they are. All else has a number and is described once to the
+# other side. If its class is one of these, the other side makes a copy of exactly that class: no method comes
+# along.
+SIMPLE = {  # the class, called with these arguments, makes the copy
+    "builtins.int": lambda v: [hex(v), 16],  # Python reads no int of 4301 decimal digits
+    "builtins.float": lambda v: [str(v)],  # nan, which is itself only
+    "builtins.complex": lambda v: [v.real, v.imag],
+    "builtins.bytes": lambda v: [v.decode("latin-1"), "latin-1"],
     "builtins.range": lambda v: [v.start, v.stop, v.step], "builtins.slice": lambda v: [v.start, v.stop, v.step],
     "decimal.Decimal": lambda v: [str(v)], "fractions.Fraction": lambda v: [str(v)],
-    "uuid.UUID": lambda v: [str(v)]} | dict.fromkeys(
+    "uuid.UUID": lambda v: [str(v)]}
+SIMPLE |= dict.fromkeys(
     ["datetime.date", "datetime.time", "datetime.datetime", "datetime.timedelta", "datetime.timezone",
      "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath"],
     lambda v: list(v.__reduce_ex__(4)[1]))  # as pickle makes it
 GROUPS = {"builtins.tuple", "builtins.frozenset"}  # called with their items
-CHANGING = {  # containers: made empty with these arguments, then filled; what either side changes is told
-    "builtins.list": lambda v: [], "builtins.set": lambda v: [], "builtins.bytearray": lambda v: [],
-    "builtins.dict": lambda v: [], "collections.OrderedDict": lambda v: [], "collections.Counter": lambda v: [],
-    "collections.defaultdict": lambda v: [v.default_factory], "collections.deque": lambda v: [(), v.maxlen]}
+CHANGING = dict.fromkeys([  # containers: made empty with these arguments, then filled
+    "builtins.list", "builtins.set", "builtins.bytearray", "builtins.dict", "collections.OrderedDict",
+    "collections.Counter"], lambda v: [])
+CHANGING |= {"collections.defaultdict": lambda v: [v.default_factory],
+             "collections.deque": lambda v: [(), v.maxlen]}
 COPIED = SIMPLE.keys() | GROUPS | CHANGING.keys()
 PLAIN = bool, int, float, complex, str, bytes, bytearray, tuple, list, range, set, frozenset, dict, type(None)
-NAMED = COPIED | {"builtins.bool", "builtins.str", "builtins.NoneType", "builtins.object"}  # classes, as names
+# classes that pass as their names
+NAMED = COPIED | {"builtins.bool", "builtins.str", "builtins.NoneType", "builtins.object"}
 UNMADE = {f"builtins.{kind.__name__}": kind for kind in (  # so do these, of which none can be made by a call
     types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, types.BuiltinFunctionType)}
 OS_ERRORS = {kind for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, OSError)}
 SINGLE = {"...": ..., "NotImplemented": NotImplemented}
-ENDS = {"next": StopIteration, "send": StopIteration, "await": StopAsyncIteration}  # who may end a loop of a test
+# who may end a loop of a test
+ENDS = {"next": StopIteration, "send": StopIteration, "await": StopAsyncIteration}
 of_type = {name: vars(type)[name].__get__ for name in ("__module__", "__qualname__", "__bases__", "__mro__")}
 
 
@@ -420,7 +443,8 @@ class Link:
 
     def __init__(self, first: int, allowed: dict, judges: bool = False):
         self.reader, self.writer, self.owner = open(3, "rb"), open(4, "wb"), os.getpid()
-        self.allowed, self.judges = allowed, judges  # what the other side may ask for; this is the judge's end
+        self.allowed = allowed  # what the other side may ask for
+        self.judges = judges  # this is the judge's end
         self.free, self.first, self.lock = itertools.count(first, 2), first, _thread.RLock()
         self.own = {}  # number: object that stays here
         self.shared = {}  # number: copy of what the other side has, or Handle for it
@@ -433,7 +457,8 @@ class Link:
 
     def send(self, what: str, *trees):
         """A message, after what is new. What nobody here but this table holds is forgotten on both sides."""
-        lines = [["printed", name, text.decode(errors="replace")] for name, text in self.printed.items() if text]
+        printed = {name: text.decode(errors="replace") for name, text in self.printed.items() if text}
+        lines = [["printed", *item] for item in printed.items()]
         for text in self.printed.values():
             text.clear()
         if self.random and self.random != (state := sys.modules["random"].getstate()):
@@ -454,7 +479,8 @@ class Link:
     def receive(self) -> list:
         """The next message, when all that it needs is made."""
         while True:
-            what, *rest = message = json.loads(self.reader.readline() or os._exit(0))  # the other side is gone
+            line = self.reader.readline() or os._exit(0)  # the other side is gone: there is no verdict
+            what, *rest = message = json.loads(line)
             if what == "object":
                 self.news[rest[0]] = rest[1:]
             elif what == "forget":
@@ -480,7 +506,8 @@ class Link:
     def ask(self, what: str, /, *args, **options):
         """What the other side's `what` returns or raises."""
         with self.lock:
-            self.send(what, [self.encode(arg) for arg in args], {k: self.encode(v) for k, v in options.items()})
+            named = {name: self.encode(arg) for name, arg in options.items()}
+            self.send(what, [self.encode(arg) for arg in args], named)
             while (message := self.receive())[0] not in ("returned", "raised"):
                 self.answer(*message)  # it calls a function that the test gave it
             result = self.decode(message[1])
@@ -496,7 +523,8 @@ class Link:
         try:
             if what not in self.allowed:
                 raise AttributeError(what)
-            values, options = [self.decode(arg) for arg in args], {k: self.decode(v) for k, v in options.items()}
+            values = [self.decode(arg) for arg in args]
+            options = {name: self.decode(arg) for name, arg in options.items()}
             self.forget()
             result = self.allowed[what](*values, **options)
             reply = "returned", self.encode(result)
@@ -533,8 +561,8 @@ class Link:
             what, start = "class", [of_type["__module__"](value), of_type["__qualname__"](value)]
             parts = exceptions or plain
         elif number in self.own and issubclass(type(value), BaseException):
-            cause, attributes = BaseException.__cause__.__get__(value), object.__getattribute__(value, "__dict__")
-            what, start = "error", [type(value), cause, *parts_of(attributes)]
+            attributes = parts_of(object.__getattribute__(value, "__dict__"))
+            what, start = "error", [type(value), BaseException.__cause__.__get__(value), *attributes]
             parts = value.__reduce__()[1] if type(value) in OS_ERRORS else BaseException.args.__get__(value)
         elif number in self.own:
             what = "handle"
@@ -544,7 +572,8 @@ class Link:
             parts = parts_of(value)
             if what in CHANGING:
                 start, self.parts[number] = CHANGING[what](value), parts
-        return ["object", number, what, [self.encode(part) for part in start], [self.encode(part) for part in parts]]
+        start, parts = ([self.encode(part) for part in group] for group in (start, parts))
+        return ["object", number, what, start, parts]
 
     def decode(self, tree):
         if type(tree) is not list:
@@ -618,7 +647,7 @@ class Handle:
     The judge's end is careful with operators: what a program's object equals is not for the program to say.
     To compare, it counts as the builtin value that it extends (a namedtuple is a tuple), or as unlike all but
     other handles. Of arithmetic with a value of the test the program sees that value, so what it gives must be
-    another object, which is not taken for a number: how near its answer is is not for the program to say either.
+    another object, which is not taken for a number: how near its answer comes is not for the program to say.
     `x in handle` looks at the items."""
 
     __slots__ = "_link", "_number", "_shown"
@@ -699,10 +728,12 @@ class Mirror(type):
         return mirrored(cls, "call", *args, **options)
 
     def __instancecheck__(cls, value):
-        return type.__instancecheck__(cls, value) or type.__getattribute__(cls, "_link").ask("isinstance", value, cls)
+        link = type.__getattribute__(cls, "_link")
+        return type.__instancecheck__(cls, value) or link.ask("isinstance", value, cls)
 
     def __subclasscheck__(cls, kind):
-        return type.__subclasscheck__(cls, kind) or type.__getattribute__(cls, "_link").ask("issubclass", kind, cls)
+        link = type.__getattribute__(cls, "_link")
+        return type.__subclasscheck__(cls, kind) or link.ask("issubclass", kind, cls)
 
 
     def __getitem__(cls, key):
@@ -752,13 +783,14 @@ def stand_in(kind: type, args: list, cause, attributes: list) -> BaseException:
 
 
 def plain(value, operation: str = "") -> list:
-    """The builtin value that an object extends, in a list, which is empty if there is none, or if its class has
-    an `operation` of its own."""
+    """The builtin value that an object extends, in a list, which is empty if there is none, or if its class
+    has an `operation` of its own."""
     if type(value) in VIEWS:
         return [set(value)]
     kinds = [kind for kind in PLAIN if kind in of_type["__mro__"](type(value))][:1]  # bool is an int, too
     exact = {str: str.__str__, int: int.__int__, float: float.__float__}  # str(value) is what its class says
-    own = operation and any(getattr(type(value), operation, None) != getattr(kind, operation, None) for kind in kinds)
+    method = getattr(type(value), operation, None)
+    own = operation and any(method != getattr(kind, operation, None) for kind in kinds)
     return [] if own else [exact.get(kind, kind)(value) for kind in kinds]
 
 
@@ -803,27 +835,29 @@ def copied(value, how: str = "copy"):
 
 VIEWS = type({}.keys()), type({}.items())
 DECOYS = set(PLAIN) - {type(None), range}
-# what each side may ask of the other's objects; more than CALLS, a program may of objects of the test's classes
+# What each side may ask of the other's objects. More than CALLS a program may ask only of objects of the test's
+# classes (see ours).
 CALLS = {"call": call, "iter": iter, "next": advance, "isinstance": isinstance, "issubclass": issubclass,
          "copy": copied, "deepcopy": lambda value: copied(value, "deepcopy"), "callable": callable}
 OPERATIONS = {"getattr": getattr, "setattr": setattr, "delattr": delattr, "class": type, "plain": plain,
-              "exit": leave, "send": lambda generator, *args: generator.send(*args), "throw": lambda generator, *args: generator.throw(*args),
+              "exit": leave, "send": lambda generator, *args: generator.send(*args),
+              "throw": lambda generator, *args: generator.throw(*args),
               "await": wait_for, "contains": contains, "is_a": is_a,
               "aexit": lambda manager, error: type(manager).__aexit__(manager, type(error), error, None)}
 
 
 def seen(result, operator_name: str):
-    """`result` follows from a value of the test that an operator of the program saw: if it were a number it could
-    be an answer to the test."""
+    """`result` follows from a value of the test that an operator of the program saw: if it were a number it
+    could be an answer to the test."""
     if type(result) is not Handle:
-        raise RuntimeError(f"{operator_name} of the program saw a value of the test: no number is taken from it")
+        raise RuntimeError(f"{operator_name} of the program saw a value of the test: it gives no number")
     object.__setattr__(result, "_shown", operator_name)
     return result
 
 
 def unlike(handle: Handle, name: str, other):
-    """NotImplemented, or what the program raises for a value like `other`, which it does not see. Whatever else
-    it says, a test cannot rely on it."""
+    """NotImplemented, or what the program raises for a value like `other`, which it does not see. Whatever
+    else it says, a test cannot rely on it."""
     answer = handle._link.ask(name, handle, type(other)() if type(other) in DECOYS else None)
     if name not in ("eq", "ne") or answer is not (name == "ne"):
         raise RuntimeError(f"{name} of the program is to compare with a value of the test")
@@ -871,8 +905,8 @@ def combined(name: str, function, shows: bool):
 
 NUMBERS = "abs round neg pos invert int float complex index bool trunc floor ceil".split()
 forwarded("next", advance)
-for function in (iter, len, str, repr, bool, hash, int, float, complex, abs, round, reversed, format, dir, bytes,
-                 math.trunc, math.floor, math.ceil):
+for function in (iter, len, str, repr, bool, hash, int, float, complex, abs, round, reversed, format, dir,
+                 bytes, math.trunc, math.floor, math.ceil):
     forwarded(function.__name__, function)
 for name in "index neg pos invert getitem setitem delitem".split():
     forwarded(name, getattr(operator, name))
@@ -897,7 +931,8 @@ def ours(what: str, function):
         kind = type(value)
         public = what not in ("getattr", "setattr", "delattr") or args[0][:1] != "_" or args[0] == "__class__"
         described = what == "getattr" and args[0] in ("__name__", "__qualname__", "__doc__", "__module__")
-        own = of_type["__module__"](value if kind is type else kind) in ("test", "_io") or kind in (*VIEWS, type({}.values()))
+        own = of_type["__module__"](value if kind is type else kind) in ("test", "_io")
+        own = own or kind in (*VIEWS, type({}.values()))
         if not (own and public or described and kind in (type, types.FunctionType)):
             raise AttributeError(what)
         return function(value, *args)
@@ -956,7 +991,8 @@ class Names(dict):
         super().__init__(__builtins__=vars(builtins) | own, __name__="test")
         known = names.keys() & set(re.findall(r"\w+", test))
         self.link, self.names = link, names
-        self.hidden = vars(builtins).keys() if known - vars(builtins).keys() else vars(builtins).keys() - known
+        others = known - vars(builtins).keys()
+        self.hidden = vars(builtins).keys() - (set() if others else known)
 
     def __missing__(self, name: str):
         if name in self.hidden:
@@ -972,11 +1008,10 @@ def is_callable(value) -> bool:
 
 
 def is_instance(value, kinds) -> bool:
-    """A test's `isinstance`; what classes like collections.abc.Iterator say of the methods of Handle is not it."""
+    """A test's `isinstance`: collections.abc.Iterator and its like are not to look at the methods of Handle."""
     if type(kinds) is tuple:
         return any(is_instance(value, kind) for kind in kinds)
-    if type(value) is Handle and type(kinds) is abc.ABCMeta and kinds.__module__ in sys.stdlib_module_names | {
-            "collections.abc"}:
+    if type(value) is Handle and type(kinds) is abc.ABCMeta and kinds.__module__ != "test":
         return value._link.ask("is_a", value, kinds.__module__, kinds.__qualname__)
     return isinstance(value, kinds)
 
