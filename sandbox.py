@@ -5,8 +5,8 @@
 
 1. The program's process never holds the tests nor what decides. To a test, names of the program are requests
    to that process. Values of the standard library pass as data, are compared in the judge, and stay the same
-   objects: what one side changes, the other sees. All else stays where it is and passes as a Handle, which has
-   every operator. The judge runs nothing of the program.
+   objects: what one side changes, the other sees. All else stays where it is and passes as a Handle, which
+   has every operator. The judge runs nothing of the program.
 2. Both get a fresh interpreter without site-packages, no environment, no capabilities and none of our
    descriptors but the pipes between them. If the trainer is root, each is another user.
 3. Limits on CPU time, memory, processes, open files and file size of each process; if the machine runs out of
@@ -19,19 +19,20 @@
 6. Namespaces of the program (if root or allowed): no network, other processes do not exist, all end with the
    first, and the folder is a small memory disk.
 
-What it does not stop: reading what its user may read, be it the tests, and locking it (flock); tests that take
-the program's word (a function or method of its own compares, or both sides of an operator are its own); 16
-processes of `memory_mb` each. Without 6: a full disk until the end; folders by the thousand, which a process
+What it does not stop: reading what its user may read, be it the tests, and locking it (flock); tests that
+take the program's word (a function or method of its own compares, or both sides of an operator are its own);
+16 processes of `memory_mb` each. Without 6: a full disk until the end; thousands of folders, which a process
 removes that nobody waits for. Without 5 and 6: the network, shared memory left behind; unless root, reading,
 changing and killing processes of the same user, and changing its files.
 
 What a test cannot do, although plain Python can (each fails, none passes wrongly):
-- compare an object of the program's class with a value, if its class has an operator of its own for that; take
-  a difference of the two, or a number from any operator that was shown the value; use `in` for what has no items
+- compare an object of the program's class with a value, if its class has an operator of its own for that;
+  take a difference of the two, or a number from any operator that was shown the value; use `in` for what has
+  no items
 - derive from what is the program's; pickle it; look at it with inspect or with the functions of dataclasses;
   give it to a function in C that wants a str, a list or the like and not what derives from it
-- hand the program objects whose private names it uses, or which derive from builtin values, or of classes of the
-  standard library that are not in COPIED and not files
+- hand the program objects whose private names it uses, or which derive from builtin values, or of classes of
+  the standard library that are not in COPIED and not files
 - change a global name or a module for the program (but stdin, stdout, stderr, input, and random by its seed);
   share files, environment or event loop with it; call it in two threads at once that wait for one another
 - see that two equal str, int or float are the same object, or read a name that the program hides behind a
@@ -341,8 +342,9 @@ def landlock(libc: ctypes.CDLL, own_folder: bool):
 SOCKETS = {"socket": (41, 198), "io_uring_setup": (425, 425)}  # the second makes them without the first
 OTHERS = {  # act on other processes of the user
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "setpriority": (141, 140), "ioprio_set": (251, 30),
-    "migrate_pages": (256, 238), "move_pages": (279, 239), "sched_setaffinity": (203, 122),
+    "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "setpriority": (141, 140),
+    "ioprio_set": (251, 30), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "sched_setaffinity": (203, 122),
     "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
     "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218)}
 MEMORY = {"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194)}  # outlives its mapping
@@ -351,12 +353,12 @@ FILES = {  # change files that the user owns, wherever they are; Landlock does n
     "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
-    "file_setattr": (469, 469)}
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "removexattrat": (466, 466), "file_setattr": (469, 469)}
 
 
 def seccomp(libc: ctypes.CDLL, files: bool):
-    """Forbid these system calls (sockets in the file system, too: Docker and a session bus obey who connects),
+    """Forbid these system calls (sockets in the file system too: Docker and a session bus obey who connects),
     and prlimit on other processes; FILES only if the user's files are in reach."""
     machines = {"x86_64": (0xC000003E, 0, 302), "aarch64": (0xC00000B7, 1, 261)}
     if os.uname().machine not in machines or struct.calcsize("P") != 8:
@@ -384,7 +386,8 @@ SIMPLE = {  # the class, called with these arguments, makes the copy
     "builtins.float": lambda v: [str(v)],  # nan, which is itself only
     "builtins.complex": lambda v: [v.real, v.imag],
     "builtins.bytes": lambda v: [v.decode("latin-1"), "latin-1"],
-    "builtins.range": lambda v: [v.start, v.stop, v.step], "builtins.slice": lambda v: [v.start, v.stop, v.step],
+    "builtins.range": lambda v: [v.start, v.stop, v.step],
+    "builtins.slice": lambda v: [v.start, v.stop, v.step],
     "decimal.Decimal": lambda v: [str(v)], "fractions.Fraction": lambda v: [str(v)],
     "uuid.UUID": lambda v: [str(v)]}
 SIMPLE |= dict.fromkeys(
@@ -506,8 +509,8 @@ class Link:
     def ask(self, what: str, /, *args, **options):
         """What the other side's `what` returns or raises."""
         with self.lock:
-            named = {name: self.encode(arg) for name, arg in options.items()}
-            self.send(what, [self.encode(arg) for arg in args], named)
+            given = {name: self.encode(arg) for name, arg in options.items()}
+            self.send(what, [self.encode(arg) for arg in args], given)
             while (message := self.receive())[0] not in ("returned", "raised"):
                 self.answer(*message)  # it calls a function that the test gave it
             result = self.decode(message[1])
@@ -646,8 +649,8 @@ class Handle:
 
     The judge's end is careful with operators: what a program's object equals is not for the program to say.
     To compare, it counts as the builtin value that it extends (a namedtuple is a tuple), or as unlike all but
-    other handles. Of arithmetic with a value of the test the program sees that value, so what it gives must be
-    another object, which is not taken for a number: how near its answer comes is not for the program to say.
+    other handles. Of arithmetic with a value of the test the program sees that value, so what it gives must
+    be another object, which is not taken for a number: how near its answer comes is not for it to say.
     `x in handle` looks at the items."""
 
     __slots__ = "_link", "_number", "_shown"
@@ -835,8 +838,8 @@ def copied(value, how: str = "copy"):
 
 VIEWS = type({}.keys()), type({}.items())
 DECOYS = set(PLAIN) - {type(None), range}
-# What each side may ask of the other's objects. More than CALLS a program may ask only of objects of the test's
-# classes (see ours).
+# What each side may ask of the other's objects. More than CALLS a program may ask only of objects of the
+# test's classes (see ours).
 CALLS = {"call": call, "iter": iter, "next": advance, "isinstance": isinstance, "issubclass": issubclass,
          "copy": copied, "deepcopy": lambda value: copied(value, "deepcopy"), "callable": callable}
 OPERATIONS = {"getattr": getattr, "setattr": setattr, "delattr": delattr, "class": type, "plain": plain,
@@ -1008,7 +1011,7 @@ def is_callable(value) -> bool:
 
 
 def is_instance(value, kinds) -> bool:
-    """A test's `isinstance`: collections.abc.Iterator and its like are not to look at the methods of Handle."""
+    """A test's `isinstance`: collections.abc.Iterator and the like are not to look at Handle's methods."""
     if type(kinds) is tuple:
         return any(is_instance(value, kind) for kind in kinds)
     if type(value) is Handle and type(kinds) is abc.ABCMeta and kinds.__module__ != "test":

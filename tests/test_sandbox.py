@@ -94,7 +94,7 @@ def isolated() -> bool:
     return run_tests("import os\npid = os.getpid()", ["assert pid == 1"]) == [True]
 
 
-# ------------------------------------------------------------------------------------------- as in plain Python
+# ----------------------------------------------------------------------------------------- as in plain Python
 
 PLAIN = """import json, os, sys, types
 program, tests = json.load(sys.stdin)
@@ -135,7 +135,7 @@ PAIRS = read_pairs()
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_verdicts_are_those_of_plain_python(kind):
-    """In one process with the tests nothing is lost between them: copies, identity, operators, exceptions ..."""
+    """There a program and its tests share all objects: copies, identity, operators, exceptions ..."""
     programs, tests = PAIRS[kind]
     for program in programs:
         plain, ours = plain_exec(program, tests), run_tests(program, tests, timeout=10)
@@ -153,7 +153,8 @@ CANNOT = {  # what passes in plain Python and not here: the docstring names it
     "compare with a value": ("class V:\n    def __eq__(self, other): return other == 5", "assert V() == 5"),
     "order with a value": ("class V:\n    def __lt__(self, other): return other > 5", "assert V() < 6"),
     "text that is equal to more": (
-        "class T(str):\n    def __eq__(self, other): return str(self) == other.lower()", "assert T('a') == 'A'"),
+        "class T(str):\n    def __eq__(self, other): return str(self) == other.lower()",
+        "assert T('a') == 'A'"),
     "difference with a value": (
         "class V:\n    def __sub__(self, other): return V()\n    def __eq__(self, other): return True",
         "assert V() - 1 == V()"),
@@ -164,7 +165,8 @@ CANNOT = {  # what passes in plain Python and not here: the docstring names it
     "change a name": ("X = 1\ndef f(): return X", "X = 2\nassert f() == 2"),
     "patch a module": ("import time\ndef f(): return time.time()",
                        "import time\ntime.time = lambda: 5\nassert f() == 5"),
-    "inspect": ("def f(x): return x", "import inspect\nassert list(inspect.signature(f).parameters) == ['x']"),
+    "inspect": ("def f(x): return x",
+                "import inspect\nassert list(inspect.signature(f).parameters) == ['x']"),
     "dataclasses": ("import dataclasses\n@dataclasses.dataclass\nclass V:\n    x: int = 5",
                     "import dataclasses\nassert dataclasses.asdict(V()) == {'x': 5}"),
     "text in C": ("class T(str): pass\ndef f(): return T('a')", "assert ','.join([f()]) == 'a'"),
@@ -536,7 +538,7 @@ def f(x):
     assert run_tests(program, TESTS, timeout=0.6) == [False] * 3
 
 
-SAYS = {  # the same in the talk that the judge has now; ["object", number, what, arguments, parts] comes first
+SAYS = {  # the same in the talk that the judge has now; ["object", number, what, arguments, parts]
     "an exception that runs code": """
 say("object", 1001, "class", ["os", "system"], [])
 say("object", 1003, "error", [[1001], None], ["kill -9 $PPID"])
@@ -586,7 +588,8 @@ def f(x):
 ENDS = {  # f ends a loop of the test before anything is compared
     "StopIteration": "class E(StopIteration): pass",
     "its name": "E = type('StopIteration', (Exception,), {})",
-    "its order": "class M(type): __mro__ = (StopIteration, Exception, object)\nclass E(Exception, metaclass=M): pass",
+    "its order": "class M(type): __mro__ = (StopIteration, Exception, object)\n"
+                 "class E(Exception, metaclass=M): pass",
     "its bases": "class M(type): __bases__ = (StopIteration,)\nclass E(Exception, metaclass=M): pass",
     "mro": "class M(type):\n    def mro(cls): return [cls, StopIteration, Exception, BaseException, object]\n"
            "class E(StopIteration, metaclass=M): pass",
@@ -604,10 +607,11 @@ ENDS = {  # f ends a loop of the test before anything is compared
 @pytest.mark.parametrize("name", ENDS)
 def test_a_loop_of_a_test_does_not_end_early(name):
     program = ENDS[name] + "\ndef f(x): raise E()"
-    loops = ["for y in map(f, [1, 2]): assert y == 0", "assert list(map(f, [1])) == []", "assert not any(map(f, [1]))",
-             "assert list(filter(f, [1])) == []", "assert [y for y in map(f, [1])] == []", "assert all(map(f, [1]))",
-             "assert dict(zip(map(f, [1]), [1])) == {}", "from itertools import *\nassert not [*takewhile(f, [1])]",
-             "def g(): yield f(1)\nassert list(g()) == []", "assert sum(map(f, [1])) == 0", "assert max(map(f, [1]), default=1)",
+    loops = ["for y in map(f, [1, 2]): assert y == 0", "assert list(map(f, [1])) == []",
+             "assert not any(map(f, [1]))", "assert all(map(f, [1]))", "assert list(filter(f, [1])) == []",
+             "assert [y for y in map(f, [1])] == []", "assert dict(zip(map(f, [1]), [1])) == {}",
+             "from itertools import *\nassert not [*takewhile(f, [1])]", "assert sum(map(f, [1])) == 0",
+             "def g(): yield f(1)\nassert list(g()) == []", "assert max(map(f, [1]), default=1)",
              "import functools\nassert functools.reduce(f, [1, 2])", "assert sorted([1, 2], key=f)"]
     assert run_tests(program, loops) == [False] * len(loops)
 
@@ -623,7 +627,8 @@ LEARNS = """class Learns(KIND):
             if type(value) in (int, float): Learns.known = value
         return RESULT
     known = 0
-    for name in "eq ne lt le gt ge add radd sub rsub mul rmul truediv rtruediv floordiv mod rmod pow xor rxor and rand".split():
+    for name in ("eq ne lt le gt ge add radd sub rsub mul rmul truediv rtruediv floordiv mod rmod pow xor "
+                 "rxor and rand divmod rdivmod matmul or ror iadd isub").split():
         vars()[f"__{name}__"] = learn
     for name in "abs neg pos round float int index bool len hash trunc floor".split():
         vars()[f"__{name}__"] = lambda self, *args: Learns.known
@@ -632,12 +637,16 @@ LEARNS = """class Learns(KIND):
     __iter__ = lambda self: iter([Learns.known])
     __getitem__ = lambda self, i: Learns.known
 def f(x): return Learns()"""
-FORMS = ["f(1) == 10", "10 == f(1)", "abs(f(1) - 10) < 1e-6", "abs(10 - f(1)) < 1e-6", "-1 < f(1) - 10 < 1", "f(1) - 10 == 0",
-         "not f(1) - 10", "f(1) in (10, 11)", "not f(1) != 10", "round(f(1) - 10, 3) == 0", "f(1) / 10 == 1", "f(1) * 2 == 20",
-         "(f(1) - 10) ** 2 < 1e-6", "f(1) % 10 == 0 and f(1) == 10", "f(1) ^ 10 == 0", "f(1) >= 10 and f(1) <= 10",
-         "f(1) == 10 or abs(f(1) - 10) < 1", "sum(abs(a - b) for a, b in zip([f(1)], [10])) < 1", "[f(1)] == [10]",
-         "10 in [f(1)]", "{f(1): 1} == {10: 1}", "float(f(1) - 10) == 0.0", "int(f(1) * 1 - 10) == 0", "f(1) + 1 == 11",
-         "divmod(f(1), 10) == (1, 0)", "abs(f(1) + -10) < 1", "f'{f(1) + -10:.1f}' == '0.0'", "max(f(1) - 10, 10 - f(1)) < 1"]
+FORMS = [
+    "f(1) == 10", "10 == f(1)", "abs(f(1) - 10) < 1e-6", "abs(10 - f(1)) < 1e-6", "-1 < f(1) - 10 < 1",
+    "f(1) - 10 == 0", "not f(1) - 10", "f(1) in (10, 11)", "not f(1) != 10", "round(f(1) - 10, 3) == 0",
+    "f(1) / 10 == 1", "f(1) * 2 == 20", "(f(1) - 10) ** 2 < 1e-6", "f(1) % 10 == 0 and f(1) == 10",
+    "f(1) ^ 10 == 0", "f(1) >= 10 and f(1) <= 10", "f(1) == 10 or abs(f(1) - 10) < 1",
+    "sum(abs(a - b) for a, b in zip([f(1)], [10])) < 1", "[f(1)] == [10]", "10 in [f(1)]",
+    "{f(1): 1} == {10: 1}", "float(f(1) - 10) == 0.0", "int(f(1) * 1 - 10) == 0", "f(1) + 1 == 11",
+    "divmod(f(1), 10) == (1, 0)", "abs(f(1) + -10) < 1", "f'{f(1) + -10:.1f}' == '0.0'",
+    "max(f(1) - 10, 10 - f(1)) < 1", "(f(1), 0) == (10, 0)", "f(1) - 10 in (0, 0.0)", "f(1) & 10 == 10",
+    "abs(f(1) // 10 - 1) < 1"]
 
 
 @pytest.mark.parametrize("result", ["True", "0", "self", "Learns()", "value"])
@@ -648,12 +657,13 @@ def test_operators_that_see_what_they_are_to_equal(kind, result):
 
 
 def test_what_an_assert_found_stays():
-    """A with block of the program's, and a module that it made up, do not swallow it."""
+    """A with block of the program's does not swallow it."""
     program = """class f:
     def __init__(self, x): pass
     def __enter__(self): return 0
     def __exit__(self, *error): return True"""
-    assert run_tests(program, ["with f(1) as x: assert x == 10", "with f(1): raise ValueError"]) == [False, True]
+    tests = ["with f(1) as x: assert x == 10", "with f(1): raise ValueError"]
+    assert run_tests(program, tests) == [False, True]
 
 
 def test_forging_around_the_comparison(layers):
@@ -873,9 +883,10 @@ def call(number, *args):
     if libc.syscall(number, *args) == -1: raise OSError(ctypes.get_errno(), "")
 shmget, secret = {{"x86_64": (29, 447), "aarch64": (194, 447)}}.get(os.uname().machine, (-1, -1))
 calls = [lambda: os.memfd_create("a"), lambda: call(shmget, 0, 1 << 20, 0o1600), lambda: call(secret, 0),
-         lambda: resource.prlimit({os.getpid()}, resource.RLIMIT_NOFILE), lambda: os.sched_setaffinity(0, [0]),
+         lambda: resource.prlimit({os.getpid()}, resource.RLIMIT_NOFILE),
+         lambda: os.sched_setaffinity(0, [0]), lambda: os.setpriority(os.PRIO_USER, 0, 5),
          lambda: resource.prlimit(os.getppid() or 7, resource.RLIMIT_NOFILE, (3, 3)),
-         lambda: os.setpriority(os.PRIO_USER, 0, 5), lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))]
+         lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))]
 refused = 0
 for attempt in calls:
     try: attempt()
