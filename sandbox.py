@@ -32,7 +32,7 @@ What a test cannot do, although plain Python can (each fails, none passes wrongl
 - derive from what is the program's; pickle it; look at it with inspect or with the functions of dataclasses;
   give it to a function in C that wants a str, a list or the like and not what derives from it
 - hand the program objects whose private names it uses, or which derive from builtin values, or of classes of
-  the standard library that are not in COPIED and not files
+  the standard library that are neither in COPIED nor OPEN
 - change a global name or a module for the program (but stdin, stdout, stderr, input, and random by its seed);
   share files, environment or event loop with it; call it in two threads at once that wait for one another
 - see that two equal str, int or float are the same object, or read a name that the program hides behind a
@@ -831,21 +831,27 @@ def contains(value, item):
     return item in value if hasattr(type(value), "__contains__") else None
 
 
-def copied(value, how: str = "copy"):
+def shallow(value):
+    import copy  # takes long
+    return copy.copy(value)
+
+
+def deep(value):
     import copy
-    return getattr(copy, how)(value)
+    return copy.deepcopy(value)
 
 
 VIEWS = type({}.keys()), type({}.items())
+OPEN = "test", "_io", "re", "types", "argparse", "unittest.mock"  # whose objects it may look at
 DECOYS = set(PLAIN) - {type(None), range}
 # What each side may ask of the other's objects. More than CALLS a program may ask only of objects of the
 # test's classes (see ours).
 CALLS = {"call": call, "iter": iter, "next": advance, "isinstance": isinstance, "issubclass": issubclass,
-         "copy": copied, "deepcopy": lambda value: copied(value, "deepcopy"), "callable": callable}
+         "copy": shallow, "deepcopy": deep, "callable": callable}
 OPERATIONS = {"getattr": getattr, "setattr": setattr, "delattr": delattr, "class": type, "plain": plain,
               "exit": leave, "send": lambda generator, *args: generator.send(*args),
               "throw": lambda generator, *args: generator.throw(*args),
-              "await": wait_for, "contains": contains, "is_a": is_a,
+              "await": wait_for, "contains": contains,
               "aexit": lambda manager, error: type(manager).__aexit__(manager, type(error), error, None)}
 
 
@@ -929,13 +935,13 @@ for name in "add sub mul truediv floordiv mod pow divmod lshift rshift and or xo
 
 
 def ours(what: str, function):
-    """An operation that a program may ask for, on an object of a class of the test's; no private names."""
+    """An operation that a program may ask for, on an object that the test made; no private names."""
     def operation(value, *args):
         kind = type(value)
         public = what not in ("getattr", "setattr", "delattr") or args[0][:1] != "_" or args[0] == "__class__"
         described = what == "getattr" and args[0] in ("__name__", "__qualname__", "__doc__", "__module__")
-        own = of_type["__module__"](value if kind is type else kind) in ("test", "_io")
-        own = own or kind in (*VIEWS, type({}.values()))
+        module = of_type["__module__"](value if kind is type else kind)
+        own = module in OPEN or kind in (*VIEWS, type({}.values()))
         if not (own and public or described and kind in (type, types.FunctionType)):
             raise AttributeError(what)
         return function(value, *args)
@@ -970,7 +976,7 @@ def serve():
         return {k: v.__name__ if type(v) is types.ModuleType else "" for k, v in space.items()}
 
     try:
-        link = Link(1, CALLS | OPERATIONS | {"run": run, "name": space.__getitem__})
+        link = Link(1, CALLS | OPERATIONS | {"run": run, "name": space.__getitem__, "is_a": is_a})
         for name in "stdout", "stderr":
             printed = Printed()
             link.printed[name] = printed.text

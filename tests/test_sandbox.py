@@ -146,7 +146,7 @@ def test_verdicts_are_those_of_plain_python(kind):
 
 
 def test_the_pairs_are_many():
-    assert sum(len(programs) * len(tests) for programs, tests in PAIRS.values()) > 700
+    assert sum(len(programs) * len(tests) for programs, tests in PAIRS.values()) > 800
 
 
 CANNOT = {  # what passes in plain Python and not here: the docstring names it
@@ -654,6 +654,33 @@ FORMS = [
 def test_operators_that_see_what_they_are_to_equal(kind, result):
     program = LEARNS.replace("KIND", kind).replace("RESULT", result)
     assert run_tests(program, [f"assert {form}" for form in FORMS], timeout=20) == [False] * len(FORMS)
+
+
+def test_objects_of_the_test_keep_their_secrets():
+    """A program may use what the test hands it, but not reach the judge's functions through it."""
+    program = """reached = []
+def f(box, function, file, mock):
+    for text in ("box.get.__globals__", "box.get.__func__", "box.get.__self__", "box.__dict__", "box._hidden",
+                 "box.__class__.__init__", "box.__class__.__mro__", "box.__class__.__subclasses__()",
+                 "box.__class__.get.__globals__", "function.__globals__", "function.__code__",
+                 "function.__closure__", "function.__builtins__", "file.__class__.__base__",
+                 "mock._mock_parent", "mock.__class__.__init__", "setattr(box, '_x', 1)",
+                 "setattr(function, 'x', 1)", "setattr(box.__class__, '__eq__', f)",
+                 "box._link.ask('is_a', box, 'os', 'system')", "box._link.ask('exit', function)",
+                 "box._link.ask('getattr', function, '__globals__')", "box._link.ask('name', 'box')"):
+        try: reached.append((text, str(eval(text))[:99]))
+        except Exception: pass
+    return box.v + box.get() + function(1)
+"""
+    test = """import io
+from unittest.mock import Mock
+class Box:
+    _hidden = 5
+    def __init__(self, v): self.v = v
+    def get(self): return self.v
+assert f(Box(1), lambda x: x, io.StringIO(), Mock()) == 3
+assert reached == [], reached"""
+    assert run_tests(program, [test, "f(1, 2, 3, 4)"]) == [True, False]
 
 
 def test_what_an_assert_found_stays():
