@@ -590,6 +590,7 @@ ENDS = {  # f ends a loop of the test before anything is compared
     "its name": "E = type('StopIteration', (Exception,), {})",
     "its order": "class M(type): __mro__ = (StopIteration, Exception, object)\n"
                  "class E(Exception, metaclass=M): pass",
+    "no order": "class M(type): __mro__ = ()\nclass E(Exception, metaclass=M): pass",
     "its bases": "class M(type): __bases__ = (StopIteration,)\nclass E(Exception, metaclass=M): pass",
     "mro": "class M(type):\n    def mro(cls): return [cls, StopIteration, Exception, BaseException, object]\n"
            "class E(StopIteration, metaclass=M): pass",
