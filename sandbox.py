@@ -25,7 +25,7 @@ take the program's word (a function or method of its own compares, or both sides
 removes that nobody waits for. Without 5 and 6: the network, shared memory left behind; unless root, reading,
 changing and killing processes of the same user, and changing its files.
 
-What a test cannot do, although plain Python can (each fails, none passes wrongly):
+What a test cannot do, although plain Python can (such a test fails):
 - compare an object of the program's class with a value, if its class has an operator of its own for that;
   take a difference of the two, or a number from any operator that was shown the value; use `in` for what has
   no items
