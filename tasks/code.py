@@ -128,7 +128,7 @@ def code_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     code = code_block(text)
     if not code.strip():
         return 0.0, {"correct": 0.0, "parse_fail": 1.0}
-    passed = run_tests(f"{row['head']}\n{code}", row["tests"])
+    passed = run_tests(code, row["tests"], head=row["head"])
     return sum(passed) / len(passed), {"correct": float(all(passed)), "parse_fail": 0.0}
 
 

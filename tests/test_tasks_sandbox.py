@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from tasks import sandbox
 from tasks.sandbox import run_tests
@@ -829,7 +830,9 @@ def test_a_daemon_ends_with_the_tests(may_fork, script):
 def test_the_end_of_the_trainer(layers, may_fork, script):
     """SIGKILL, so it cannot tidy up; its supervisor must notice and end the daemon as well."""
     program = HANGS["daemon"].replace("MARK", f"{script.parent}/daemon")
-    trainer = f"""import sandbox, tempfile
+    trainer = f"""import sys, tempfile
+sys.path.append({str(ROOT / "tasks")!r})  # behind the standard library's own math and code
+import sandbox
 sandbox.NAMESPACES, tempfile.tempdir = {layers}, {str(script.parent)!r}
 sandbox.run_tests({program!r}, [], timeout=60)"""
     with subprocess.Popen([sys.executable, "-B"], stdin=subprocess.PIPE, cwd=script.parent) as process:
@@ -860,7 +863,7 @@ def test_the_end_of_the_supervisor(layers):
 def test_processes_that_trace_one_another():
     """The first is reported dead when its tracer, the second, is. (Seccomp forbids it to programs.)"""
     code = f"""import ctypes, os, sys, time
-sys.path.append({str(Path(__file__).parent.parent / "tasks")!r})
+sys.path.append({str(ROOT / "tasks")!r})  # behind the standard library's own math and code
 import sandbox
 libc, (inbox, outbox) = ctypes.CDLL(None), os.pipe()
 libc.prctl(36, 1, 0, 0, 0)
@@ -928,7 +931,7 @@ os.chmod("own", 0o700)"""
 def test_files_of_the_user_keep_their_mode(tmp_path):
     """For an ordinary user without namespaces, which this test may not be: the filter by itself."""
     code = f"""import ctypes, os, sys
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+sys.path.append({str(ROOT / "tasks")!r})  # behind the standard library's own math and code
 import sandbox
 libc = ctypes.CDLL(None)
 libc.prctl(38, 1, 0, 0, 0)
