@@ -176,8 +176,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
 SUDOKU = dict(updates=150)
 COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, updates=290)
-# Released (d1, commit 837888f): G, eps, beta, mu (Sudoku and Countdown: 8), weight decay, and temperature, but
-# for rollouts alone. Ours: 4 prompts, theirs 16; all weights, theirs a LoRA of rank 128 on 4-bit weights; no
+# Released (d1, commit 837888f): G, eps, beta, mu (Sudoku and Countdown: 8), weight decay; and T, but for
+# rollouts alone. Ours: 4 prompts, theirs 16; all weights, theirs a LoRA of rank 128 on 4-bit weights; no
 # warm-up, theirs 1e-4 of the run. L, S, block, lr and clip are those of wd1's script.
 LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, eps=0.5, beta=0.04,
            passes=12, lr=3e-6, weight_decay=0.1, grad_norm=0.2)

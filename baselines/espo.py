@@ -185,8 +185,9 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 SUDOKU = dict(updates=26)
 COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, lr=2e-4, updates=105)
 # Released (commit b5f2dac): G (MATH 16, code 10), eps (Countdown 0), beta (Countdown 3e-3, Sudoku and code
-# 1e-2), num_mc, mu, and lr, which is theirs of a LoRA (code: 1e-6, all weights, clip 0.8). Ours: 2 prompts; all
-# weights; L, S, block and clip of the ESPO script in GDSD's code (commit 7c152d3), its warm-up of 0.001 left.
+# 1e-2), num_mc, mu, and lr, which is theirs of a LoRA (code: 1e-6, all weights, clip 0.8). Ours: 2 prompts;
+# all weights; L, S, block and clip of the ESPO script in GDSD's code (commit 7c152d3), without its warm-up
+# over 0.001 of the run.
 LLM = dict(prompts=2, G=6, L=256, S=256, block=32, minibatches=1, eps=0.2, beta=1e-3, passes=8, lr=3e-6,
            grad_norm=0.2)
 

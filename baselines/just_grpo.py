@@ -166,10 +166,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 # takes L forwards.
 SUDOKU = dict(updates=48)
 COUNTDOWN = dict(L=8, S=4, block=4, prompts=32, G=8, updates=130)
-# Released (commit eebe50e): G, temperature, lr, AdamW, one step on a rollout, no warm-up, all weights, and clip,
-# theirs 1 for the sum of 8 micro-batches. Ours: 2 prompts, theirs 64; L, S and block, which are EGSPO's.
-LLM = dict(prompts=2, G=16, L=256, S=128, block=32, minibatches=1, temperature=1.0, lr=5e-6, betas=(0.9, 0.999),
-           weight_decay=0.0, grad_norm=0.125)
+# Released (commit eebe50e): G, T, lr, AdamW, one step on a rollout, no warm-up, all weights, and clip, theirs
+# 1 for the sum of 8 micro-batches. Ours: 2 prompts, theirs 64; L, S and block, which are EGSPO's.
+LLM = dict(prompts=2, G=16, L=256, S=128, block=32, minibatches=1, temperature=1.0, lr=5e-6,
+           betas=(0.9, 0.999), weight_decay=0.0, grad_norm=0.125)
 
 if __name__ == "__main__":
     from plumbing.run import main
