@@ -185,8 +185,8 @@ def test_equal_rewards_give_exactly_no_advantage(advantage):
 
 
 def test_advantage_by_hand():
-    """diffu-GRPO: minus the mean. ESPO: minus the mean of the others. JustGRPO: over the std of G - 1 and 1e-4,
-    which is felt where rewards hardly differ."""
+    """diffu-GRPO: minus the mean. ESPO: minus the mean of the others. JustGRPO: over the std (that of G - 1)
+    and 1e-4, which is felt where rewards hardly differ."""
     reward = torch.tensor([1.0, 0.0, 2.0, 0.3, 0.0, 0.0])
     expected = torch.tensor([0.0, -1.0, 1.0, 0.2, -0.1, -0.1])
     for advantage in (diffu_grpo.advantage, centred):
@@ -396,6 +396,34 @@ def test_an_update_has_the_gradient_of_the_loss(method, own, saved, exact, tmp_p
     assert updates[1]["kl"] > 0 and updates[1]["clip_frac"] > 0
 
 
+@pytest.mark.parametrize("own, leave", [("", True), ("--normalise none", False), ("--beta 0.1", False)])
+def test_rows_of_advantage_0_leave_just_grpos_mean(own, leave, saved, exact, tmp_path, monkeypatch):
+    """One of the four groups has equal rewards. With a KL its rows are scored, so they count."""
+    rolls, adv = [], []
+    reward_rows = just_grpo.reward_rows
+
+    def one_equal_group(*inputs):
+        reward, *rest = reward_rows(*inputs)
+        reward[3:6] = 0.5
+        return reward, *rest
+
+    monkeypatch.setattr(just_grpo, "reward_rows", one_equal_group)
+    monkeypatch.setattr(just_grpo, "roll_out", recording(just_grpo.roll_out, rolls))
+    monkeypatch.setattr(just_grpo, "advantage", recording(just_grpo.advantage, adv))
+    flags = f"{SHAPE} --updates 1 --passes 1 {own}".split()
+    launch("baselines.just_grpo", "--model", saved, "--out", tmp_path / "run", *flags)
+    (roll,), (adv,), ((grad, _),) = rolls, adv, exact
+    left = int((adv != 0).sum())
+    assert 6 < left < 12
+    model = models.load_model(saved)  # no step has been made: the policy is the old and the reference
+    total = sum(-A * just_values(model, roll, None, b, 0).sum() / L for b, A in enumerate(adv))
+    grads = torch.autograd.grad(total, list(model.network.parameters()), allow_unused=True)
+    sums = torch.cat([g.flatten() for g in grads if g is not None])
+    for count in {left, 12}:
+        right = count == (left if leave else 12)
+        assert (relative_error(sums / count, grad) < 1e-9) == right, count
+
+
 @pytest.mark.parametrize("method", BASELINES)
 def test_the_gradient_does_not_depend_on_the_budget(method, saved, exact, tmp_path):
     """A row or canvas per forward, some, or all; half of the groups at a time. lr 0: Adam would blow the
@@ -444,7 +472,8 @@ def test_a_file_runs_by_itself_from_anywhere(tmp_path):
     files = [ROOT / f"{method.replace('.', '/')}.py" for method in BASELINES]
     assert set(files) == set((ROOT / "baselines").glob("*.py"))
     start = [file.read_text().partition("import sys\n")[2].partition("from common")[0] for file in files]
-    assert len({text.replace(", replace", "") for text in start}) == 1 and "sys.path" in start[0]
+    same = {text.replace(", replace", "").replace("from typing import Literal\n", "") for text in start}
+    assert len(same) == 1 and "sys.path" in start[0]
     command = [sys.executable, "-P", str(files[1]), "--resume", "nowhere"]  # -P: not its folder on the path
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert "nowhere holds no run to resume" in done.stderr and done.returncode == 2

@@ -113,8 +113,8 @@ PSI = 2.0
 
 
 def minimiser(match: str, p_old, beta: float, kl_of: int = 1) -> tuple[torch.Tensor, float]:
-    """p (V,) where the loss of a group that visited four tokens is smallest, and that loss. The KL is of log p
-    or, with kl_of 0, of what is regressed."""
+    """p (V,) where the loss of a group that visited four tokens is smallest, and that loss. kl_of: the KL is
+    of log p (1) or of what is regressed (0)."""
     model = Tabular(5, 1, seed=0)
     roll = tabular_rollout(model, torch.tensor(VISITED)[:, None])
     hidden, adv = draw(roll, 1)[:, 0], advantage(REWARD, 4)
