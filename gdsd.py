@@ -11,9 +11,9 @@ score c in which the normaliser does not matter:
 
 read-out (`--match`): "logp" the log-probability, so that c = l; "tlc" the raw logit minus the mean logit of
 its position, no softmax anywhere. The KL stays on log-probabilities, as the authors' commit 2211b60 has it;
-with beta above 0 TLC therefore feels the normaliser a little. A mask pair is a random mask and its complement, so that
-each token is scored exactly once; the pairs are drawn once per rollout and kept for c_old, l_ref and every
-pass. Look at mask_pairs and pair_score first.
+with beta above 0 TLC therefore feels the normaliser a little. A mask pair is a random mask and its complement,
+so that each token is scored exactly once; the pairs are drawn once per rollout and kept for c_old, l_ref and
+every pass. Look at mask_pairs and pair_score first.
 
 The mean over a pair (`--weights`): "pair" counts every token alike. Then n E[c] is 2 E_t[log p(x0 | x_t)],
 where t is the share that is hidden: the quantity in the paper's loss. "elbo" is what the authors' code does
