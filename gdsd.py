@@ -11,9 +11,10 @@ score c in which the normaliser does not matter:
 
 read-out (`--match`): "logp" the log-probability, so that c = l; "tlc" the raw logit minus the mean logit of
 its position, no softmax anywhere. The KL stays on log-probabilities, as the authors' commit 2211b60 has it;
-with beta above 0 TLC therefore feels the normaliser a little. A mask pair is a random mask and its complement,
-so that each token is scored exactly once; the pairs are drawn once per rollout and kept for c_old, l_ref and
-every pass. Look at mask_pairs and pair_score first.
+with beta above 0 TLC therefore feels the normaliser a little.
+
+A mask pair is a random mask and its complement, so that each token is scored exactly once. The pairs are
+drawn once for a rollout and kept for c_old, l_ref and every pass. Look at mask_pairs and pair_score first.
 
 The mean over a pair (`--weights`): "pair" counts every token alike. Then n E[c] is 2 E_t[log p(x0 | x_t)],
 where t is the share that is hidden: the quantity in the paper's loss. "elbo" is what the authors' code does
@@ -23,13 +24,16 @@ n E[c] is the ELBO. Theirs has L in place of n, since it scores the tail behind 
 tests/test_gdsd.py enumerates both.
 
 psi is per token here: the paper's 10, for a whole completion, is 10 / L = 0.04 at L = 256. The authors say so
-themselves in configs.py (commit 1d03bfa, "0.01-0.1"), while their scripts still pass 10 (commit 7c152d3). At
-10 or more the target of 10 A nats a token is never reached, and nothing stops the passes. Their code stops
-them by a clamp instead: yaml and LLaDA scripts clamp the difference of the whole completion to +-4e-4 nats,
-so that from the second of 8 passes on the policy gradient is zero (commits 3fb6780 and 7c152d3; their Dream
-Sudoku makes one pass, where no clamp acts). Without it, their loss at (psi, beta) is num_mc times ours at
-(psi, beta L / (2 num_mc)) and `--weights elbo`; that of May without TLC (commit 3fb6780) is num_mc / 4 times
-ours at (2 psi, beta L / (2 num_mc)) and `--weights pair`. All other differences, each with its commit:
+themselves in configs.py (commit 1d03bfa, "0.01-0.1"), while most of their scripts still pass 10 (commit
+7c152d3). With that the target of 10 A nats a token is never reached, and nothing would stop the passes. A
+clamp stops them instead: it holds the difference of a whole completion within 4e-4 nats, so that from the
+second of 8 passes on the policy gradient is zero (commits 3fb6780 and 7c152d3, every LLaDA script; Dream
+Sudoku has made one pass since 782a103, where no clamp acts). There is no clamp here: the square stops at its
+target.
+
+Without their clamp, their loss at (psi, beta) is num_mc times ours at (psi, beta L / (2 num_mc)) and
+`--weights elbo`; that of May without TLC (commit 3fb6780) is num_mc / 4 times ours at
+(2 psi, beta L / (2 num_mc)) and `--weights pair`. All other differences, each with its commit, are in
 results/README.md, "Where paper, released code and this repository differ".
 
 python gdsd.py                         4x4 Sudoku, 32 to 39 % of the held-out boards solved in two minutes

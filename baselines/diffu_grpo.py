@@ -11,14 +11,13 @@ contain the completion, so one forward per prompt serves all G of them. At ratio
 A / (G |o|) in place of its weights, and `diff wd1.py baselines/diffu_grpo.py` is what a method costs here.
 
 Written without the authors' code (d1, commit 837888f) and later compared with it on the same inputs: the
-gradients are equal where all answers of a micro-batch have one length. The old log-probabilities of every
-pass are taken before the first optimizer step on a rollout, and no std divides A, there as here.
+gradients are equal where all answers of a micro-batch have one length. Our reading: the old log-probabilities
+of every pass are taken before the first optimizer step on a rollout.
 Differences from that code: it pools the tokens of a micro-batch, so that a longer answer weighs more (ours:
 the mean over each answer, as the paper prints it); it samples at T 0.9 and scores at T 1; it draws a prompt
 mask for each row, in which padding may be hidden, and with gradient accumulation uses half of them (ours: one
-for a prompt, so G times fewer forwards); it trains a LoRA on 4-bit weights, after an SFT stage for some
-models. Ours has minibatches; without a KL it does not evaluate rows of advantage 0; and its defaults are for
-the tiny model.
+for a prompt, so G times fewer forwards); it trains a LoRA on 4-bit weights. Ours has minibatches and no SFT
+stage before RL; without a KL it does not evaluate rows of advantage 0; its defaults are for the tiny model.
 
 python baselines/diffu_grpo.py                   4x4 Sudoku, 32 to 37 % in two minutes
 python baselines/diffu_grpo.py --hide_prompt 0   the whole prompt shown: every pass sees the same canvas
