@@ -1,4 +1,4 @@
-"""What test_parallel.py runs: `python ranks.py JOBS`, in one process or, under torchrun, in several.
+"""What test_plumbing_parallel.py runs: `python ranks.py JOBS`, in one process or, under torchrun, in several.
 
 A job is (mode, method, arguments of the command line). All in one process group, in turn: to start processes
 takes longer than what they do."""
@@ -7,8 +7,7 @@ import json
 import sys
 
 import torch
-from conftest import toy_task
-from test_methods import launch
+from helpers import launch, toy_task
 
 import common
 import tasks

@@ -1,22 +1,21 @@
-"""diffu-GRPO, ESPO and JustGRPO: what is exact by enumeration, each loss against slow loops and the tempting
-wrong ones, then whole runs. What every method must do is in test_methods.py and test_tree.py."""
+"""diffu-GRPO, ESPO and JustGRPO: whole updates against the formulas of their docstrings, and the tempting
+wrong ones; what is exact by enumeration; the rest by hand. What every method must do is in
+test_methods.py."""
 
+import dataclasses
 import inspect
 import itertools
 import math
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 import torch
-from conftest import (ROOT, Tabular, evaluated, generators, offer, padded_prompts, recording,
-                      sharp_model, toy_task)
-from test_egspo import as_rollout, enumerate_rollouts, relative_error
-from test_gdsd import gradient
-from test_methods import BASELINES, launch, lines
-from test_wd1 import slow_logits, up_to_eos
+from helpers import (BASELINES, ROOT, NotedRun, Tabular, as_rollout, enumerate_rollouts, evaluated,
+                     exact_model, generators, gradient, launch, lines, offer, padded_prompts, recording,
+                     relative_error, sharp_model, slow_logits, toy_task, up_to_eos)
 
+import common
 import egspo
 from plumbing import models
 import wd1
@@ -24,7 +23,6 @@ from baselines import diffu_grpo, espo, just_grpo
 from common import canvas, denoise
 
 T, EPS, BETA, PASSES, L = 0.7, 0.1, 0.3, 2, 8
-
 
 def centred(reward: torch.Tensor, G: int) -> torch.Tensor:
     return just_grpo.advantage(reward, G, "none")
@@ -35,6 +33,255 @@ def by_std(reward: torch.Tensor, G: int) -> torch.Tensor:
 
 
 ADVANTAGES = [diffu_grpo.advantage, espo.advantage, centred, by_std]
+
+
+# ---------------------------------------------------------------------------------------- a whole update
+
+# What each method scores of a row b, in pass k, token by token: (n,). `shown`: what it drew in this update.
+
+
+def token_logps(model, roll, b: int, hidden, prompt=None) -> torch.Tensor:
+    """(n,) log p of each valid token of row b, on a canvas of its own with `hidden` (L,) masked."""
+    shown = roll.completion[b].masked_fill(torch.as_tensor(hidden), model.mask_id)
+    prompt = roll.prompt[b] if prompt is None else prompt
+    logp = (slow_logits(model, prompt, roll.prompt_mask[b], shown) / T).log_softmax(1)
+    return torch.stack([logp[i, roll.completion[b, i]] for i in up_to_eos(roll.completion[b], model.eos_id)])
+
+
+def diffu_values(model, roll, shown, b, k):
+    return token_logps(model, roll, b, [True] * L, shown[k][b // 3])
+
+
+def prompt_shown(model, roll, shown, b, k):
+    return token_logps(model, roll, b, [True] * L)
+
+
+def espo_values(model, roll, shown, b, k, weigh=True):
+    """E of the docstring under the masks of pass k, token by token."""
+    n, total = int(roll.valid[b].sum()), 0.0
+    masks = shown[0][b].chunk(PASSES)[k]
+    for scored in masks:
+        hidden = scored | ~roll.valid[b]
+        weight = (n + 1) / max(1, int(scored.sum())) if weigh else 1.0
+        total = total + weight * scored[:n] * token_logps(model, roll, b, hidden) / len(masks)
+    return total
+
+
+def one_set_of_masks(model, roll, shown, b, k):
+    return espo_values(model, roll, shown, b, 0)
+
+
+def unweighed(model, roll, shown, b, k):
+    return espo_values(model, roll, shown, b, k, False)
+
+
+def just_values(model, roll, shown, b, k):
+    n = int(roll.valid[b].sum())
+    return torch.stack([token_logps(model, roll, b, [i >= t for i in range(L)])[t] for t in range(n)])
+
+
+def only_itself_hidden(model, roll, shown, b, k):
+    n = int(roll.valid[b].sum())
+    return torch.stack([token_logps(model, roll, b, [i == t or i >= n for i in range(L)])[t]
+                        for t in range(n)])
+
+
+# The loss of a row of values new, old, ref (n,) and advantage A.
+
+
+def clipped(log_ratio, A):
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * A, ratio.clamp(1 - EPS, 1 + EPS) * A)
+
+
+def per_token(new, old, ref, A):
+    return -clipped(new - old, A) + BETA * ((ref - new).exp() - (ref - new) - 1)
+
+
+def token_mean(*values):
+    return per_token(*values).mean()
+
+
+def token_sum(*values):
+    """Pooled: the sum over the tokens of all rows is divided by their number."""
+    return per_token(*values).sum()
+
+
+def over_L(*values):
+    return per_token(*values).sum() / L
+
+
+def whole_ratio(new, old, ref, A):
+    return -clipped((new - old).sum(), A) + BETA * ((ref - new).exp() - (ref - new) - 1).mean()
+
+
+def sequence(new, old, ref, A, length=None):
+    ratio = (new - old).sum() / (length or len(new))
+    return -clipped(ratio, A) + BETA * (new - ref).sum() ** 2 / (2 * len(new))
+
+
+def not_normalised(*values):
+    return sequence(*values, length=1)
+
+
+def padded_length(*values):
+    return sequence(*values, length=L)
+
+
+def token_ratios(new, old, ref, A):
+    return -clipped(new - old, A).mean() + BETA * (new - ref).sum() ** 2 / (2 * len(new))
+
+
+def undivided_kl(new, old, ref, A):
+    return sequence(new, old, new.detach(), A) + BETA * (new - ref).sum() ** 2 / 2
+
+
+def k2_of_the_mean(new, old, ref, A):
+    return sequence(new, old, new.detach(), A) + BETA * (new - ref).mean() ** 2 / 2
+
+
+RIGHT = {"diffu_grpo": (diffu_values, token_mean), "espo": (espo_values, sequence),
+         "just_grpo": (just_values, over_L)}
+WRONG = {
+    "diffu_grpo": [(prompt_shown, token_mean), (diffu_values, over_L), (diffu_values, whole_ratio),
+                   (diffu_values, token_sum)],
+    "espo": [(unweighed, sequence), (one_set_of_masks, sequence), (espo_values, token_ratios),
+             (espo_values, not_normalised), (espo_values, padded_length), (espo_values, undivided_kl),
+             (espo_values, k2_of_the_mean)],
+    "just_grpo": [(only_itself_hidden, over_L), (just_values, token_mean), (just_values, whole_ratio)],
+}
+
+
+SHAPE = dict(prompts=4, G=3, L=8, S=4, block=4, temperature=T, minibatches=1, seed=4)
+
+
+def trained(module, updates: int = 1, **settings) -> tuple[NotedRun, common.Denoiser]:
+    """A run of the exact model, in whose rollouts rows end early."""
+    run, model = NotedRun(updates), exact_model()
+    own = {field.name for field in dataclasses.fields(module.Args)}
+    args = module.Args(**{k: v for k, v in (SHAPE | settings).items() if k in own})
+    module.train(args, model, toy_task(), run)
+    return run, model
+
+
+@pytest.mark.parametrize("module, own", [
+    (diffu_grpo, {"hide_prompt": 0.5}), (espo, {}), (just_grpo, {}), (just_grpo, {"normalise": "none"})])
+def test_updates_have_the_loss_and_the_gradient_of_the_formula(module, own, float64, monkeypatch):
+    """Two updates of two passes: old, reference and policy are of different networks. What is tempting and
+    wrong is rejected."""
+    name = module.__name__.partition(".")[2]
+    right, wrong = RIGHT[name], WRONG[name]
+    seen = {function: [] for function in ("roll_out", "reward_rows", "hide_tokens", "antithetic_masks")}
+    for function, found in seen.items():
+        if hasattr(module, function):
+            monkeypatch.setattr(module, function, recording(getattr(module, function), found))
+    run, model = trained(module, 2, passes=PASSES, beta=BETA, eps=EPS, lr=1e-2, budget=100, **own)
+    assert seen["roll_out"][0].valid.sum(1).unique().numel() > 2
+    assert len(seen["hide_tokens"]) == 2 * PASSES * (name == "diffu_grpo")
+    start = exact_model().network.state_dict()
+
+    def values(value, weights, u, k):
+        model.network.load_state_dict(weights)
+        shown = seen["hide_tokens"][PASSES * u : PASSES * (u + 1)] or seen["antithetic_masks"][u : u + 1]
+        return [value(model, seen["roll_out"][u], shown, b, k) for b in range(12)]
+
+    for u in range(2):
+        group = seen["reward_rows"][u][0].view(4, 3)
+        centre = group.mean(1, keepdim=True)
+        if name == "espo":
+            centre = (group.sum(1, keepdim=True) - group) / 2
+        scale = group.std(1, keepdim=True) + 1e-4 if name == "just_grpo" and not own else 1.0
+        adv = ((group - centre) / scale).flatten()
+        for k in range(PASSES):
+            step, before = run.steps[PASSES * u + k], run.steps[PASSES * u]
+            for value, loss in [right, *(wrong if (u, k) == (1, PASSES - 1) else [])]:
+                with torch.no_grad():
+                    ref = values(value, start, u, k)
+                    old = values(value, before.weights, u, k)
+                new = values(value, step.weights, u, k)
+                count = sum(map(len, new)) if loss is token_sum else 12
+                total = sum(loss(*row) for row in zip(new, old, ref, adv, strict=True)) / count
+                error = relative_error(gradient(model.network.parameters(), total), step.gradient)
+                assert error < 1e-9 if (value, loss) == right else error > 1e-3, (value, loss, error)
+                if (value, loss) == right:
+                    assert step.loss == pytest.approx(total.item(), rel=1e-9)
+    assert run.logged[1]["kl"] > 0 and run.logged[1]["clip_frac"] > 0
+
+
+@pytest.mark.parametrize("own, leave", [({}, True), ({"normalise": "none"}, False), ({"beta": 0.1}, False)])
+def test_rows_of_advantage_0_leave_just_grpos_mean(own, leave, float64, monkeypatch):
+    """One of the four groups has equal rewards. With a KL its rows are scored, so they count."""
+    rolls, adv = [], []
+    reward_rows = just_grpo.reward_rows
+
+    def one_equal_group(*inputs):
+        reward, *rest = reward_rows(*inputs)
+        reward[3:6] = 0.5
+        return reward, *rest
+
+    monkeypatch.setattr(just_grpo, "reward_rows", one_equal_group)
+    monkeypatch.setattr(just_grpo, "roll_out", recording(just_grpo.roll_out, rolls))
+    monkeypatch.setattr(just_grpo, "advantage", recording(just_grpo.advantage, adv))
+    run, _ = trained(just_grpo, passes=1, **own)
+    (roll,), (adv,), (step,) = rolls, adv, run.steps
+    left = int((adv != 0).sum())
+    assert 0 < left < 12
+    model = exact_model()  # no step has been made: the policy is the old and the reference
+    total = sum(-A * just_values(model, roll, None, b, 0).sum() / L for b, A in enumerate(adv))
+    sums = gradient(model.network.parameters(), total)
+    for count in {left, 12}:
+        right = count == (left if leave else 12)
+        assert (relative_error(sums / count, step.gradient) < 1e-9) == right, count
+
+
+@pytest.mark.parametrize("module", [diffu_grpo, espo, just_grpo])
+def test_the_gradient_does_not_depend_on_the_budget(module, float64):
+    """A row or canvas per forward, some, or all; half of the groups at a time. lr 0: Adam would blow the
+    rounding up."""
+    found = []
+    for minibatches, budget in [(1, 10_000), (2, 10_000), (2, 1), (2, 120)]:
+        run, _ = trained(module, lr=0.0, beta=0.1, passes=1, minibatches=minibatches, budget=budget)
+        found.append([step.gradient for step in run.steps])
+    (whole,), halves, *others = found
+    assert (halves[0] - halves[1]).norm() > 0.1 * whole.norm()
+    assert relative_error(whole, sum(halves) / 2) < 1e-12
+    for other in others:
+        assert all(relative_error(*pair) < 1e-12 for pair in zip(halves, other, strict=True))
+
+
+def test_just_grpo_is_egspo_where_a_step_reveals_the_next_token(float64):
+    """All of its steps kept and no stepwise advantage: the same rollouts, and the same gradients in two
+    passes."""
+    both = dict(passes=2, beta=0.1, lr=1e-2)
+    ours, one = trained(just_grpo, eps=0.1, normalise="none", **both)
+    theirs, two = trained(egspo, lam=0.0, select="all", S=8, block=1, eps_lo=0.1, eps_hi=0.1, **both)
+    pairs = list(zip(ours.steps, theirs.steps, strict=True))
+    assert len(pairs) == 2 and max(relative_error(a.gradient, b.gradient) for a, b in pairs) < 1e-9
+    assert ours.logged[0]["clip_frac"] > 0
+    assert all(ours.logged[0][k] == pytest.approx(theirs.logged[0][k]) for k in ("reward", "kl", "clip_frac"))
+    assert all(one.counts[k] == two.counts[k] for k in ("nfe_rollout", "nfe_update", "nfe_update_full"))
+
+
+def test_just_grpo_is_evaluated_as_every_method_is(tmp_path, monkeypatch):
+    """With S and block of the command line; EGSPO that writes from left to right is evaluated so, too."""
+    offer(monkeypatch, "toy", toy_task)
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
+    models.save_model(sharp_model(1.0), tmp_path / "model")
+    flags = "--task toy --prompts 4 --L 8 --updates 0 --eval_threshold 0 --minibatches 1"
+    first = {}
+    for method, own in (("baselines.just_grpo", "--S 4 --block 4"), ("wd1", "--S 4 --block 4"),
+                        ("egspo", "--S 8 --block 1")):
+        launch(method, "--model", tmp_path / "model", "--out", tmp_path / method, *f"{flags} {own}".split())
+        first[method] = lines(tmp_path / method)[0]
+    assert first["baselines.just_grpo"] == first["wd1"] != first["egspo"]
+
+
+def test_diffu_grpo_takes_one_forward_a_prompt_and_pass(float64):
+    run, model = trained(diffu_grpo, passes=3, lr=0.0)
+    update, made = run.logged[0], model.counts["nfe_update"]
+    assert update["equal_groups"] == 0 and update["clip_frac"] == 0  # lr 0: the ratio is 1 in every pass
+    assert model.counts["nfe_update_full"] == 12 * 3 * 2
+    assert 4 * 3 < made <= 4 * 3 * 2  # fewer where two passes hide the same
 
 
 # --------------------------------------------------------------------------------- exact, by enumeration
@@ -220,252 +467,7 @@ def test_clip_by_hand_and_against_its_tempting_wrong_versions(method):
     assert (clipped_only - expected).abs().max() > 0.1 and (optimistic - expected).abs().max() > 0.1
 
 
-# ---------------------------------------------------------------------------------------- whole runs
-
-# What each method scores of a row b, in pass k, token by token: (n,). `shown`: what it drew in this update.
-
-
-def token_logps(model, roll, b: int, hidden, prompt=None) -> torch.Tensor:
-    """(n,) log p of each valid token of row b, on a canvas of its own with `hidden` (L,) masked."""
-    shown = roll.completion[b].masked_fill(torch.as_tensor(hidden), model.mask_id)
-    prompt = roll.prompt[b] if prompt is None else prompt
-    logp = (slow_logits(model, prompt, roll.prompt_mask[b], shown) / T).log_softmax(1)
-    return torch.stack([logp[i, roll.completion[b, i]] for i in up_to_eos(roll.completion[b], model.eos_id)])
-
-
-def diffu_values(model, roll, shown, b, k):
-    return token_logps(model, roll, b, [True] * L, shown[k][b // 3])
-
-
-def prompt_shown(model, roll, shown, b, k):
-    return token_logps(model, roll, b, [True] * L)
-
-
-def espo_values(model, roll, shown, b, k, weigh=True):
-    """E of the docstring under the masks of pass k, token by token."""
-    n, total = int(roll.valid[b].sum()), 0.0
-    masks = shown[0][b].chunk(PASSES)[k]
-    for scored in masks:
-        hidden = scored | ~roll.valid[b]
-        weight = (n + 1) / max(1, int(scored.sum())) if weigh else 1.0
-        total = total + weight * scored[:n] * token_logps(model, roll, b, hidden) / len(masks)
-    return total
-
-
-def one_set_of_masks(model, roll, shown, b, k):
-    return espo_values(model, roll, shown, b, 0)
-
-
-def unweighed(model, roll, shown, b, k):
-    return espo_values(model, roll, shown, b, k, False)
-
-
-def just_values(model, roll, shown, b, k):
-    n = int(roll.valid[b].sum())
-    return torch.stack([token_logps(model, roll, b, [i >= t for i in range(L)])[t] for t in range(n)])
-
-
-def only_itself_hidden(model, roll, shown, b, k):
-    n = int(roll.valid[b].sum())
-    return torch.stack([token_logps(model, roll, b, [i == t or i >= n for i in range(L)])[t]
-                        for t in range(n)])
-
-
-# The loss of a row of values new, old, ref (n,) and advantage A.
-
-
-def clipped(log_ratio, A):
-    ratio = log_ratio.exp()
-    return torch.minimum(ratio * A, ratio.clamp(1 - EPS, 1 + EPS) * A)
-
-
-def per_token(new, old, ref, A):
-    return -clipped(new - old, A) + BETA * ((ref - new).exp() - (ref - new) - 1)
-
-
-def token_mean(*values):
-    return per_token(*values).mean()
-
-
-def token_sum(*values):
-    """Pooled: the sum over the tokens of all rows is divided by their number."""
-    return per_token(*values).sum()
-
-
-def over_L(*values):
-    return per_token(*values).sum() / L
-
-
-def whole_ratio(new, old, ref, A):
-    return -clipped((new - old).sum(), A) + BETA * ((ref - new).exp() - (ref - new) - 1).mean()
-
-
-def sequence(new, old, ref, A, length=None):
-    ratio = (new - old).sum() / (length or len(new))
-    return -clipped(ratio, A) + BETA * (new - ref).sum() ** 2 / (2 * len(new))
-
-
-def not_normalised(*values):
-    return sequence(*values, length=1)
-
-
-def padded_length(*values):
-    return sequence(*values, length=L)
-
-
-def token_ratios(new, old, ref, A):
-    return -clipped(new - old, A).mean() + BETA * (new - ref).sum() ** 2 / (2 * len(new))
-
-
-def undivided_kl(new, old, ref, A):
-    return sequence(new, old, new.detach(), A) + BETA * (new - ref).sum() ** 2 / 2
-
-
-def k2_of_the_mean(new, old, ref, A):
-    return sequence(new, old, new.detach(), A) + BETA * (new - ref).mean() ** 2 / 2
-
-
-RIGHT = {"diffu_grpo": (diffu_values, token_mean), "espo": (espo_values, sequence),
-         "just_grpo": (just_values, over_L)}
-WRONG = {
-    "diffu_grpo": [(prompt_shown, token_mean), (diffu_values, over_L), (diffu_values, whole_ratio),
-                   (diffu_values, token_sum)],
-    "espo": [(unweighed, sequence), (one_set_of_masks, sequence), (espo_values, token_ratios),
-             (espo_values, not_normalised), (espo_values, padded_length), (espo_values, undivided_kl),
-             (espo_values, k2_of_the_mean)],
-    "just_grpo": [(only_itself_hidden, over_L), (just_values, token_mean), (just_values, whole_ratio)],
-}
-
-
-@pytest.fixture
-def saved(tmp_path, monkeypatch) -> str:
-    """A model whose rows end early, drawn in fp32: before `exact`."""
-    offer(monkeypatch, "toy", toy_task)
-    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
-    models.save_model(sharp_model(1.0), tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-SHAPE = ("--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --eval_threshold 0 "
-         "--eval_every 100 --minibatches 1")
-
-
-@pytest.mark.parametrize("method, own", [
-    ("baselines.diffu_grpo", "--hide_prompt 0.5"), ("baselines.espo", ""), ("baselines.just_grpo", ""),
-    ("baselines.just_grpo", "--normalise none")])
-def test_an_update_has_the_gradient_of_the_loss(method, own, saved, exact, tmp_path, monkeypatch):
-    """Two updates of two passes in float64: old, reference and policy are of different networks."""
-    name, module = method.partition(".")[2], import_module(method)
-    right, wrong = RIGHT[name], WRONG[name]
-    seen = {function: [] for function in ("roll_out", "reward_rows", "hide_tokens", "antithetic_masks")}
-    for function, found in seen.items():
-        if hasattr(module, function):
-            monkeypatch.setattr(module, function, recording(getattr(module, function), found))
-    flags = f"--updates 2 --passes {PASSES} --beta {BETA} --eps {EPS} --lr 1e-2 --budget 100 {own}"
-    launch(method, "--model", saved, "--out", tmp_path / "run", *f"{SHAPE} {flags}".split())
-    assert seen["roll_out"][0].valid.sum(1).unique().numel() > 2
-    assert len(seen["hide_tokens"]) == 2 * PASSES * (name == "diffu_grpo")
-    model = models.load_model(saved)
-    start = {k: v.clone() for k, v in model.network.state_dict().items()}
-
-    def values(value, weights, u, k):
-        model.network.load_state_dict(weights)
-        shown = seen["hide_tokens"][PASSES * u : PASSES * (u + 1)] or seen["antithetic_masks"][u : u + 1]
-        return [value(model, seen["roll_out"][u], shown, b, k) for b in range(12)]
-
-    updates = [row for row in lines(tmp_path / "run") if "loss" in row]
-    for u in range(2):
-        group = seen["reward_rows"][u][0].view(4, 3)
-        centre = group.mean(1, keepdim=True)
-        if name == "espo":
-            centre = (group.sum(1, keepdim=True) - group) / 2
-        scale = group.std(1, keepdim=True) + 1e-4 if name == "just_grpo" and not own else 1.0
-        adv = ((group - centre) / scale).flatten()
-        for k in range(PASSES):
-            grad, weights = exact[PASSES * u + k]
-            for value, loss in [right, *(wrong if (u, k) == (1, PASSES - 1) else [])]:
-                with torch.no_grad():
-                    ref = values(value, start, u, k)
-                    old = values(value, exact[PASSES * u][1], u, k)
-                new = values(value, weights, u, k)
-                count = sum(map(len, new)) if loss is token_sum else 12
-                total = sum(loss(*row) for row in zip(new, old, ref, adv, strict=True)) / count
-                expected = torch.autograd.grad(total, list(model.network.parameters()), allow_unused=True)
-                error = relative_error(torch.cat([g.flatten() for g in expected if g is not None]), grad)
-                assert error < 1e-9 if (value, loss) == right else error > 1e-3, (value, loss, error)
-    assert updates[1]["kl"] > 0 and updates[1]["clip_frac"] > 0
-
-
-@pytest.mark.parametrize("own, leave", [("", True), ("--normalise none", False), ("--beta 0.1", False)])
-def test_rows_of_advantage_0_leave_just_grpos_mean(own, leave, saved, exact, tmp_path, monkeypatch):
-    """One of the four groups has equal rewards. With a KL its rows are scored, so they count."""
-    rolls, adv = [], []
-    reward_rows = just_grpo.reward_rows
-
-    def one_equal_group(*inputs):
-        reward, *rest = reward_rows(*inputs)
-        reward[3:6] = 0.5
-        return reward, *rest
-
-    monkeypatch.setattr(just_grpo, "reward_rows", one_equal_group)
-    monkeypatch.setattr(just_grpo, "roll_out", recording(just_grpo.roll_out, rolls))
-    monkeypatch.setattr(just_grpo, "advantage", recording(just_grpo.advantage, adv))
-    flags = f"{SHAPE} --updates 1 --passes 1 {own}".split()
-    launch("baselines.just_grpo", "--model", saved, "--out", tmp_path / "run", *flags)
-    (roll,), (adv,), ((grad, _),) = rolls, adv, exact
-    left = int((adv != 0).sum())
-    assert 6 < left < 12
-    model = models.load_model(saved)  # no step has been made: the policy is the old and the reference
-    total = sum(-A * just_values(model, roll, None, b, 0).sum() / L for b, A in enumerate(adv))
-    grads = torch.autograd.grad(total, list(model.network.parameters()), allow_unused=True)
-    sums = torch.cat([g.flatten() for g in grads if g is not None])
-    for count in {left, 12}:
-        right = count == (left if leave else 12)
-        assert (relative_error(sums / count, grad) < 1e-9) == right, count
-
-
-@pytest.mark.parametrize("method", BASELINES)
-def test_the_gradient_does_not_depend_on_the_budget(method, saved, exact, tmp_path):
-    """A row or canvas per forward, some, or all; half of the groups at a time. lr 0: Adam would blow the
-    rounding up."""
-    found, shape = [], SHAPE.removesuffix(" --minibatches 1")
-    for i, (minibatches, budget) in enumerate([(1, 10_000), (2, 10_000), (2, 1), (2, 120)]):
-        exact.clear()
-        flags = f"--updates 1 --lr 0 --beta 0.1 --passes 1 --minibatches {minibatches} --budget {budget}"
-        launch(method, "--model", saved, "--out", tmp_path / f"run{i}", *f"{shape} {flags}".split())
-        found.append([grad for grad, _ in exact])
-    (whole,), halves, *others = found
-    assert (halves[0] - halves[1]).norm() > 0.1 * whole.norm()
-    assert relative_error(whole, sum(halves) / 2) < 1e-12
-    for other in others:
-        assert all(relative_error(*pair) < 1e-12 for pair in zip(halves, other, strict=True))
-
-
-def test_just_grpo_is_egspo_where_a_step_reveals_the_next_token(saved, exact, tmp_path):
-    """All of its steps kept and no stepwise advantage: the same rollouts, and the same gradients in two
-    passes. But evaluated as every method is."""
-    found = {}
-    for method, own in (("baselines.just_grpo", "--eps 0.1 --normalise none"),
-                        ("egspo", "--lam 0 --select all --S 8 --block 1 --eps_lo 0.1 --eps_hi 0.1")):
-        flags = f"{SHAPE} {own} --updates 1 --passes 2 --beta 0.1 --lr 1e-2"
-        launch(method, "--model", saved, "--out", tmp_path / method, *flags.split())
-        found[method] = [grad for grad, _ in exact], lines(tmp_path / method)
-        exact.clear()
-    (one, ours), (other, theirs) = found.values()
-    assert len(one) == 2 and max(relative_error(*pair) for pair in zip(one, other, strict=True)) < 1e-9
-    same = "reward", "kl", "clip_frac", "nfe_rollout", "nfe_update", "nfe_update_full"
-    assert ours[1]["clip_frac"] > 0 and all(ours[1][k] == pytest.approx(theirs[1][k]) for k in same)
-    launch("wd1", "--model", saved, "--out", tmp_path / "wd1", *f"{SHAPE} --updates 0".split())
-    assert lines(tmp_path / "wd1")[0] == ours[0] != theirs[0]
-
-
-def test_diffu_grpo_takes_one_forward_a_prompt_and_pass(saved, tmp_path):
-    flags = f"{SHAPE} --updates 1 --passes 3 --lr 0".split()
-    launch("baselines.diffu_grpo", "--model", saved, "--out", tmp_path / "run", *flags)
-    update = lines(tmp_path / "run")[1]
-    assert update["equal_groups"] == 0 and update["clip_frac"] == 0  # lr 0: the ratio is 1 in every pass
-    assert update["nfe_update_full"] == 12 * 3 * 2
-    assert 4 * 3 < update["nfe_update"] <= 4 * 3 * 2  # fewer where two passes hide the same
+# ------------------------------------------------------------------------------------------- the scripts
 
 
 def test_a_file_runs_by_itself_from_anywhere(tmp_path):

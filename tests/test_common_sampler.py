@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model
+from helpers import TEXTS, Tabular, generators, padded_prompts, sharp_model
 
 import common
 from common import Denoiser, denoise, roll_out
@@ -407,3 +407,17 @@ def test_until_eos_and_rows_of_a_rollout():
         assert torch.equal(part.revealed_at, roll.revealed_at[rows])
         assert torch.equal(part.guess, roll.guess[rows])
         assert (part.S, part.mask_id) == (roll.S, roll.mask_id)
+
+
+def test_trim_drops_the_columns_that_are_padding_in_every_row():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]).bool()
+    x = torch.arange(14).view(2, 7)  # five columns of prompt, two of completion
+    shown, shown_mask = common.trim(x, mask)
+    assert shown.tolist() == x[:, 2:].tolist() and shown_mask.tolist() == mask[:, 2:].tolist()
+    for longest in (torch.ones(2, 5).bool(), mask | torch.tensor([[True], [False]])):  # one row is not padded
+        shown, shown_mask = common.trim(x, longest)
+        assert torch.equal(shown, x) and torch.equal(shown_mask, longest)
+    one_length, whole = common.trim(x, mask[:1].expand(2, -1))
+    assert one_length.shape == (2, 5) and whole.all()  # nothing is left to mask
+    none = torch.zeros(2, 0, dtype=torch.long)
+    assert common.trim(none, none.bool())[0].shape == (2, 0)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import evaluated, generators, padded_prompts, sharp_model
+from helpers import evaluated, generators, padded_prompts, sharp_model
 
 import common
-from common import attention, canvas, denoise, distinct, micro_batches, per_step, score
+from common import (attention, canvas, denoise, distinct, micro_batches, minibatches, per_step, score,
+                    worth_scoring)
 
 L, S, BLOCK, G = 12, 6, 4, 4
 OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
@@ -227,6 +228,45 @@ def test_micro_batches_cover_everything_once_within_the_budget():
         held = [x[part[:, 0], part[:, 1]].unique(dim=0) for part in parts]
         assert max(map(len, held)) == most and sum(map(len, held)) == 17
     assert list(micro_batches(model, pairs[:0], x, 70)) == []
+
+
+def test_minibatches_are_whole_groups_each_once():
+    """Six groups of two rows in three minibatches; a group without a pair, and one with a single pair."""
+    pairs = torch.tensor([[row, k] for row in range(12) for k in range(3) if row // 2 != 4 and row != 10])
+
+    def batches(seed: int) -> list[list[list[int]]]:
+        gen = torch.Generator().manual_seed(seed)
+        return [batch.tolist() for batch in minibatches(pairs, 6, 2, 3, gen)]
+
+    found = batches(0)
+    assert sorted(sum(found, [])) == pairs.tolist() and len(found) == 3
+    groups = [{row // 2 for row, _ in batch} for batch in found]
+    assert all(len(held) == 2 - (4 in missing) for held, missing in zip(groups, drawn_groups(0), strict=True))
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 5
+    for batch, held in zip(found, groups, strict=True):
+        assert batch == [pair for pair in pairs.tolist() if pair[0] // 2 in held]  # all of it, in their order
+    assert found == batches(0) and found != batches(1)  # the generator decides, alone
+    assert len(list(minibatches(pairs, 6, 2, 1, torch.Generator()))[0]) == len(pairs)
+
+
+def drawn_groups(seed: int) -> list[set[int]]:
+    """The groups of each of three minibatches of six, with or without pairs."""
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [set(order[i : i + 2]) for i in (0, 2, 4)]
+
+
+def test_groups_without_a_pair_make_no_minibatch():
+    pairs = torch.tensor([[0, 0], [0, 1], [1, 0]])  # all in group 0
+    found = list(minibatches(pairs, 4, 2, 4, torch.Generator().manual_seed(0)))
+    assert len(found) == 1 and torch.equal(found[0], pairs)
+    assert list(minibatches(pairs[:0], 4, 2, 2, torch.Generator())) == []
+
+
+def test_what_is_not_worth_scoring_is_counted_all_the_same():
+    model, pairs = sharp_model(), torch.tensor([[0, 0], [0, 1], [3, 0], [5, 2]])
+    moves = torch.tensor([True, False, False, True])
+    assert worth_scoring(model, pairs, moves, 3).tolist() == [[0, 0], [5, 2]]
+    assert model.counts["nfe_update_full"] == 2 * 3 and model.counts["nfe_update"] == 0
 
 
 def test_per_step_equals_a_loop():

@@ -2,12 +2,13 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 METHODS = ("egspo", "rldf", "wd1", "gdsd")
 FOLDERS = ("plumbing", "tasks", "baselines", "benchmarks", "tests")
@@ -134,3 +135,14 @@ def test_a_task_is_imported_when_it_is_asked_for():
              "print(*[name for name in sys.modules if name.startswith('tasks.')])")
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"tasks.answers", "tasks.gsm8k"}
+
+
+def test_every_test_that_is_named_somewhere_exists():
+    """In a README or in a docstring, by its file or with its name."""
+    readers = [*ROOT.glob("**/README.md"), *(file for name, file in FILES.items() if house(name) in ALLOWED)]
+    named = {found for file in readers for found in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?",
+                                                              file.read_text())}
+    assert len(named) > 20
+    for file, name in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert not name or f"def {name}(" in text, (file, name)

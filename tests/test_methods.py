@@ -8,72 +8,17 @@ import math
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import offer
+from helpers import (METHODS, ROOT, SMALL, complete_lines, launch, lines, offer, same_run, script, start,
+                     wait_for_update, weights)
 
 import common
 import tasks
-from plumbing import flags, models, pretrain, run
-
-ROOT = Path(__file__).parent.parent
-BASELINES = ["baselines.diffu_grpo", "baselines.espo", "baselines.just_grpo"]
-METHODS = ["egspo", "wd1", "rldf", "gdsd", *BASELINES]
-SMALL = "--prompts 8 --G 2 --S 4 --eval_every 2 --eval_rows 64 --save_every 1 --seed 3".split()
-TIMING = {"seconds", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second",
-          "peak_memory_gib"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    """An untrained tiny model as a transformers folder: what a method does does not depend on its
-    training."""
-    path = tmp_path_factory.mktemp("model") / "untrained"
-    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
-    return str(path)
-
-
-def script(method: str) -> Path:
-    return ROOT / f"{method.replace('.', '/')}.py"
-
-
-def launch(method: str, *argv) -> float:
-    """`python method.py argv`, in this process."""
-    module = importlib.import_module(method)
-    old, sys.argv = sys.argv, [str(script(method)), *map(str, argv)]
-    try:
-        return run.main(module.train, module.Args, module.SUDOKU, module.COUNTDOWN, module.LLM,
-                        **variants(module))
-    finally:
-        sys.argv = old
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def variants(module) -> dict[str, tuple]:
-    """What a method's own flags change, as its last lines give it to main."""
-    return {"plusplus": module.PLUSPLUS} if hasattr(module, "PLUSPLUS") else {}
-
-
-def lines(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "state.pt", weights_only=True)["network"]
-
-
-def same_run(a: Path, b: Path):
-    assert lines(a) == lines(b)
-    one, two = weights(a), weights(b)
-    assert all(torch.equal(one[k], two[k]) for k in one)
-
+from plumbing import flags, models, pretrain
 
 @pytest.mark.parametrize("method", METHODS)
 def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path, with_a_gradient):
@@ -86,27 +31,6 @@ def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path, with_a
     other = tmp_path / "other-seed"
     launch(method, "--model", folder, *SMALL, "--updates", 4, "--seed", 4, "--out", other)
     assert lines(other) != lines(four)
-
-
-def start(method: str, *argv) -> subprocess.Popen:
-    """`python method.py argv` as a user starts it."""
-    command = [sys.executable, str(script(method)), *map(str, argv)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_update(out: Path, step: int, process: subprocess.Popen):
-    end = time.time() + 60
-    while time.time() < end and process.poll() is None:
-        if (out / "metrics.jsonl").exists():
-            done = [row["update"] for row in complete_lines(out / "metrics.jsonl")]
-            if done and done[-1] >= step:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"no update {step}: {process.communicate()}")
-
-
-def complete_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import sharp_model
-from test_methods import launch, lines
+from helpers import launch, lines, sharp_model
 
 import common
 from plumbing import models

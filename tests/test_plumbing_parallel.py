@@ -15,10 +15,8 @@ from types import SimpleNamespace
 import checkpoints
 import pytest
 import torch
-from conftest import ROOT, sharp_model
+from helpers import LLADA_8B, ROOT, complete_lines, lines, settings, sharp_model
 from safetensors.torch import load_file
-from test_methods import complete_lines, lines
-from test_real import LLADA_8B, settings
 
 from common import Denoiser, micro_batches, score
 from plumbing import models, parallel

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import global_random_states, padded_prompts, recording, sharp_model
+from helpers import global_random_states, padded_prompts, recording, sharp_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -15,9 +15,8 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 import torch
+from helpers import ROOT, SMALL, launch
 from checkpoints import write
-from conftest import ROOT
-from test_methods import SMALL, launch
 
 import common
 from plumbing import models
@@ -207,13 +206,6 @@ def test_the_readmes_picture_is_drawn_from_a_page(boards, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ a run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "untrained"
-    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
-    return str(path)
 
 
 def test_a_run_shows_its_evaluations_before_and_after_also_when_resumed(folder, tmp_path, capsys):

@@ -10,18 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_methods import SMALL, launch, lines, same_run, start, wait_for_update, weights
+from helpers import SMALL, launch, lines, same_run, start, wait_for_update, weights
 
 import egspo
 from common import Denoiser
 from plumbing import flags, models, pretrain, run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "untrained"
-    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_methods import SMALL, complete_lines, launch, lines
+from helpers import SMALL, complete_lines, launch, lines
 
 from plumbing import models
-from plumbing import pretrain
 
 FAKE = """
 calls = []
@@ -25,13 +24,6 @@ def record(name):
 
 init, log, finish, Image = map(record, ("init", "log", "finish", "Image"))
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "untrained"
-    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
-    return str(path)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, global_random_states, sharp_model
+from helpers import ROOT, global_random_states, sharp_model
 
 from common import (countdown_reward, draw_prompts, encode, generator, reward_rows, sudoku_reward,
                     until_eos)
@@ -341,16 +341,15 @@ def test_a_generator_is_a_function_of_its_key():
 
 
 def test_draw_prompts():
-    args = SimpleNamespace(seed=1, prompts=8)
     before = global_random_states()
-    updates = [draw_prompts(args, 40, step) for step in range(15)]
-    assert updates == [draw_prompts(args, 40, step) for step in range(15)]  # no state
+    updates = [draw_prompts(40, 8, 1, step) for step in range(15)]
+    assert updates == [draw_prompts(40, 8, 1, step) for step in range(15)]  # no state
     assert global_random_states() == before
     assert all(len(set(ids)) == 8 for ids in updates)
     epochs = [sum(updates[i : i + 5], []) for i in (0, 5, 10)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
     assert epochs[0] != epochs[1]  # shuffled anew
-    assert draw_prompts(SimpleNamespace(seed=2, prompts=8), 40, 0) != updates[0]
-    uneven = [draw_prompts(args, 43, step) for step in range(10)]  # 3 prompts sit out, other ones each epoch
+    assert draw_prompts(40, 8, 2, 0) != updates[0]
+    uneven = [draw_prompts(43, 8, 1, step) for step in range(10)]  # 3 prompts sit out, other ones each epoch
     assert all(len(set(ids)) == 8 for ids in uneven)
     assert len(set(sum(uneven[:5], []))) == 40
