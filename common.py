@@ -394,7 +394,8 @@ def score(
     x: (M, P+L) canvases, of which each distinct one is evaluated once. target, where: (M, L).
     The distribution is the sampler's: the same temperature, no mask token. The head runs once at each scored
     position of a canvas. It runs in parts whose logits backward computes again, so that (M, V) logits of a
-    real vocabulary never exist at once. read_out: what to read from the logits in place of log_prob."""
+    real vocabulary never exist at once. read_out: what to read from the logits in place of log_prob; if it
+    reads R numbers of each token, (m, R), the result is (M, L, R)."""
     L = target.shape[1]
     first, canvas_of = distinct(torch.cat([x, prompt_mask], 1))  # N canvases; (M,)
     shown, shown_mask = trim(x[first], prompt_mask[first])
@@ -417,7 +418,7 @@ def score(
         parts = zip(h.split(size), (at[order] % size).split(counts), token[order].split(counts), strict=True)
         again = dict(use_reentrant=False, preserve_rng_state=False)
         found = torch.cat([checkpoint(read_part, *part, **again) for part in parts])[order.argsort()]
-    out = found.new_zeros(where.shape)
+    out = found.new_zeros(where.shape + found.shape[1:])
     out[where] = found
     return out
 

@@ -102,12 +102,12 @@ def mask_noise(draw):
     return torch.cat([(draw[:, None] // 6 + 0.5) / (L + 1), ORDERS[draw % 6]], 1)[:, None]
 
 
-def gdsd_update(model, roll, draw, value, match):
+def gdsd_update(model, roll, draw, value, match, weights="pair"):
     hidden = gdsd.mask_pairs(roll.valid, mask_noise(draw))[:, 0]  # (O, 2, L)
-    c = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, 1.0)[:, None]
+    c, _ = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, 1.0, weights)
     reward = value[roll.completion @ ANSWER]
-    return torch.ones(len(draw)), c, hidden, lambda at, o: gdsd.distillation_loss(
-        at, at.detach(), at.detach(), gdsd.advantage(reward[o], G)[:, None], 0.2, 0.0)
+    return torch.ones(len(draw)), c[:, None], hidden, lambda at, o: gdsd.distillation_loss(
+        at, at.detach(), gdsd.advantage(reward[o], G)[:, None], 0.2, at, at.detach(), 0.0)
 
 
 def diffu_grpo_update(model, roll, draw, value):
@@ -126,14 +126,14 @@ def espo_update(model, roll, draw, value):
         at, at.detach(), L, espo.advantage(reward[o], G)[:, None], 0.2)[0]
 
 
-def just_grpo_update(model, roll, draw, value, grpo_norm=False):
+def just_grpo_update(model, roll, draw, value, normalise="released"):
     place = torch.arange(L)
     hidden = (place >= place[:, None]).expand(len(draw), -1, -1)  # (O, L, L)
     x = canvas(roll, hidden)
     logp = [just_grpo.token_logp(model, x[:, t], roll, place[t].expand(len(draw)), 1.0) for t in range(L)]
     reward = value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), torch.stack(logp, 1), hidden, lambda at, o: just_grpo.token_loss(
-        at, at.detach(), just_grpo.advantage(reward[o], G, grpo_norm)[:, None], 0.2)[0]
+        at, at.detach(), just_grpo.advantage(reward[o], G, normalise)[:, None], 0.2)[0]
 
 
 TOP_PROB, CONFIDENCE, THRESHOLD = ("top_prob", None), ("confidence", None), ("confidence", 0.9)
@@ -157,11 +157,13 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "wd1": (TOP_PROB, wd1_update, 1, {}),
     "wd1, positive only": (TOP_PROB, wd1_update, 1, dict(positive_only=True)),
     "GDSD": (TOP_PROB, gdsd_update, 24, dict(match="logp")),
+    "GDSD, elbo": (TOP_PROB, gdsd_update, 24, dict(match="logp", weights="elbo")),
     "GDSD-TLC": (TOP_PROB, gdsd_update, 24, dict(match="tlc")),
+    "GDSD-TLC, elbo": (TOP_PROB, gdsd_update, 24, dict(match="tlc", weights="elbo")),
     "diffu-GRPO": (TOP_PROB, diffu_grpo_update, 1, {}),
     "ESPO": (TOP_PROB, espo_update, 24, {}),
     "JustGRPO": (LEFT_TO_RIGHT, just_grpo_update, 1, {}),
-    "JustGRPO, std": (LEFT_TO_RIGHT, just_grpo_update, 1, dict(grpo_norm=True)),
+    "JustGRPO, no std": (LEFT_TO_RIGHT, just_grpo_update, 1, dict(normalise="none")),
 }
 
 
