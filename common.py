@@ -619,17 +619,21 @@ class Run:
 
     def updates(self, model: Denoiser, optimizer: torch.optim.Optimizer) -> Iterator[int]:
         """Yield 0, 1, ... once for each update that the method is to make."""
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.lr = model, optimizer, optimizer.param_groups[0]["lr"]
         for update in range(self.wanted):
             self.update = update
             yield update
 
-    def step(self, loss: float, max_grad_norm: float) -> float:
+    def step(self, loss: float, max_grad_norm: float, warmup: int = 0) -> float:
         """Clip the gradient and make one optimizer step; returns the gradient's norm before clipping.
 
-        No step is made if the loss or the norm is not finite."""
+        Over the first `warmup` steps the learning rate rises to its value. No step is made if the loss or the
+        norm is not finite."""
         norm = self.model.clip_gradient(max_grad_norm)
         if math.isfinite(norm) and math.isfinite(loss):
+            self.counters["optimizer_steps"] += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, self.counters["optimizer_steps"] / max(1, warmup))
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

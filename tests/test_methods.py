@@ -115,7 +115,8 @@ BAD = {
 BAD_OF = {
     "rldf": {"--K 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--masks": "masks",
              "--order random": "threshold", "--eps 2": "at most 1"},
-    "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--topk -1": "at least 0"},
+    "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--topk -1": "at least 0",
+             "--beta -1": "at least 0"},
     "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
     "baselines.diffu_grpo": {"--hide_prompt 2": "at most 1", "--eps 2": "at most 1"},
     "baselines.espo": {"--num_mc 0": "at least 1", "--eps 2": "at most 1"},
