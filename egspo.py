@@ -20,13 +20,13 @@ them all.
 - The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA
   and of the released code, they depend on the sampled tokens, and the theorem fails (published since:
   Mask-Aware Policy Gradients, arXiv 2607.15200).
-- The kept steps stand for all: K = S; or K drawn at random, by `select` uniform, or importance: in
-  proportion to their entropy, each weighted by the inverse of its probability (as AGRPO, ICML 2026, does).
-  The K most uncertain are picked by looking at the finished row: a bias by design.
+- The kept steps stand for all: K = S; or `select` importance, which draws them in proportion to their entropy
+  and weights each by the inverse of its probability (as AGRPO, ICML 2026, does); or uniform, if no EOS ends
+  a row early. The K most uncertain are picked by looking at the finished row: a bias by design.
 - The baseline knows nothing of the row's future: lambda = 0, or `step`. A rank is known only once the row is
   finished.
 
-Differences from the paper: lambda is constant (the paper's lambda_t, which the newest released code has too, is
+Differences from the paper: lambda is constant (the paper's lambda_t, as in the newest released code, is
 `--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); the order; full fine-tuning, no
 LoRA; several minibatches; small-batch defaults for the tiny model. Without a KL, pairs of advantage 0 are not
 evaluated, and minibatches without any other make no optimizer step (AdamW would go on by momentum and decay).

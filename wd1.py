@@ -185,10 +185,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words (LLM).
-# As in wd1's release, LLM has G, L, S, block, T, passes, lr and grad_norm. Ours are 4 prompts (theirs 8), full
-# fine-tuning at weight decay 0.01 (LoRA of rank 128 on 4-bit weights, 0.1) and no warm-up (1e-4 of the steps,
-# then constant). PLUSPLUS is with that flag; its last is the released start_train.sh throughout, full
-# fine-tuning without warm-up included, but that the block length is always 128 (theirs: 128 or 512 by chance).
+# As in wd1's release, LLM has G, L, S, block, T, passes, lr and grad_norm. Ours are 4 prompts (theirs 8),
+# full fine-tuning at weight decay 0.01 (LoRA of rank 128 on 4-bit weights, 0.1) and no warm-up (1e-4 of the
+# steps, then constant). PLUSPLUS is with that flag. Its last is the released start_train.sh throughout, full
+# fine-tuning without warm-up included, except that a block always has 128 tokens (theirs: 128 or 512).
 SUDOKU = dict(updates=210)
 COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=455)
 LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, passes=12, lr=3e-6,
