@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on networks this small two threads only wait
@@ -16,10 +17,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import models  # noqa: E402
-import pretrain  # noqa: E402
-import run  # noqa: E402
 import tasks  # noqa: E402
+from plumbing import flags, models, pretrain, run  # noqa: E402
 
 TEXTS = ["310220000=", "4=", "01400="]  # prompts of three lengths
 
@@ -55,11 +54,13 @@ def global_random_states() -> tuple:
     return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()
 
 
-class Tabular:
-    """Stands in for common.Denoiser: an arbitrary table of logits, an entry for each state of the completion.
+class Tabular(common.Denoiser):
+    """A denoiser that is an arbitrary table of logits, an entry for each state of the completion.
 
     Tokens 0 .. V-1, the mask token is V. table[state] with state = (x_1, ..., x_L) is (L, V + 1). The prompt
     is ignored. Small enough to enumerate every trajectory; float64; gradients flow into `table`."""
+
+    V, device = 0, torch.device("cpu")  # there is no network to ask
 
     def __init__(self, V: int, L: int, seed: int, eos_id: int | None = None):
         gen = torch.Generator().manual_seed(seed)
@@ -69,8 +70,7 @@ class Tabular:
         self.eos_id = -1 if eos_id is None else eos_id  # no token is -1
         self.end_ids = (self.eos_id,)
         self.pad_id = V + 1
-        self.shift = False
-        self.device = torch.device("cpu")
+        self.shift, self.counts = False, Counter()
 
     def body(self, x, attn):
         h = self.table[tuple(x[:, -self.L :].T)]  # (B, L, V + 1)
@@ -92,7 +92,7 @@ def toy_task(texts=("1=", "23=", "456=", "7890=", "2=", "34=", "567=", "8901="))
 
 def offer(monkeypatch, name: str, task):
     """Make `--task name` mean task(), and any folder a tiny model of it."""
-    monkeypatch.setattr(run, "tiny_task", lambda folder: name)
+    monkeypatch.setattr(flags, "tiny_task", lambda folder: name)
     monkeypatch.setattr(tasks, "find", lambda name: None)
     monkeypatch.setattr(tasks, "load", lambda name, **_: task())
 
@@ -107,9 +107,20 @@ def recording(function, found: list):
     return record
 
 
+def evaluated(model) -> list[int]:
+    """How many canvases each forward of this model evaluates, from now on."""
+    seen, body = [], model.body
+
+    def counting(x, attn):
+        seen.append(len(x))
+        return body(x, attn)
+
+    model.body = counting
+    return seen
+
+
 def standing_in(self, x, attn):
     """A body in float64, without ModernBERT's layers, which rotate in fp32 whatever their weights."""
-    self.forwards["rows"] += len(x)
     e = self.network.model.embeddings.tok_embeddings(x)
     if attn is not None:
         e = e * attn[..., None]
@@ -137,21 +148,21 @@ def with_a_gradient(monkeypatch):
 def exact(monkeypatch):
     """Runs in float64, of a network without ModernBERT's layers, which rotate in fp32. Returns the list that
     every optimizer step adds (gradient, weights) to."""
-    steps, load, step = [], models.load_model, run.Run.optimizer_step
+    steps, load, step = [], models.load_model, run.FolderRun.step
 
     def double(*inputs):
         model = load(*inputs)
         model.network.double()
         return model
 
-    def optimizer_step(self, *inputs):
+    def recorded(self, *inputs):
         grads = [p.grad.flatten() for p in self.model.network.parameters() if p.grad is not None]
         weights = {k: v.clone() for k, v in self.model.network.state_dict().items()}
         steps.append((torch.cat(grads), weights))
         return step(self, *inputs)
 
     monkeypatch.setattr(common.Denoiser, "body", standing_in)
-    monkeypatch.setattr(run.Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(run.FolderRun, "step", recorded)
     monkeypatch.setattr(models, "load_model", double)
     torch.set_default_dtype(torch.float64)
     yield steps

@@ -10,10 +10,10 @@ from conftest import Tabular, offer, recording, sharp_model, toy_task
 from test_methods import launch, lines
 
 import egspo
-import models
-from common import Rollout, per_step, until_eos
-from models import save_model
-from pretrain import tiny_model
+from plumbing import models
+from common import Rollout, canvas, per_step, until_eos
+from plumbing.models import save_model
+from plumbing.pretrain import tiny_model
 
 V = 3
 
@@ -70,7 +70,13 @@ def as_rollout(model, completions, steps, S: int) -> Rollout:
     none = torch.zeros(len(x), 0, dtype=torch.long)
     zero = torch.zeros(x.shape, dtype=torch.float64)
     valid = until_eos(x, model.end_ids)
-    return Rollout(none, none.bool(), x, step, zero, zero, valid, None, model.mask_id, S, 0, 0)
+    return Rollout(none, none.bool(), x, step, zero, zero, valid, None, model.mask_id, S)
+
+
+def step_logp(model, roll: Rollout, s: torch.Tensor) -> torch.Tensor:
+    """egspo.step_logp on the canvases before steps s (B,), at temperature 1."""
+    x = canvas(roll, roll.revealed_at >= s[:, None])
+    return egspo.step_logp(model, x, roll, s, 1.0)
 
 
 def gradients(order: str, L: int, n: int, block: int, eos_id: int | None = None, baseline=False):
@@ -89,10 +95,10 @@ def gradients(order: str, L: int, n: int, block: int, eos_id: int | None = None,
     exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
     total = torch.zeros((), dtype=torch.float64)
     for s in range(S):
-        rows = (roll.step == s).any(1)  # a row ended by an EOS takes no further step
+        rows = (roll.revealed_at == s).any(1)  # a row ended by an EOS takes no further step
         at = torch.full((int(rows.sum()),), s)
-        logp = egspo.step_logp(model, roll[rows], at, 1.0)
-        state = roll.completion[rows].masked_fill(roll.step[rows] >= s, model.mask_id)
+        logp = step_logp(model, roll[rows], at)
+        state = roll.completion[rows].masked_fill(roll.revealed_at[rows] >= s, model.mask_id)
         b = 3 * value[(state * code).sum(1)] if baseline else 0.0
         loss, _ = egspo.policy_loss(logp, logp.detach(), reward[rows] - b, 0.2, 0.5)
         total = total - (probability[rows].detach() * loss).sum()
@@ -132,10 +138,10 @@ def test_tokens_behind_an_eos_count_until_the_row_is_done():
     exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
     every = torch.zeros(roll.completion.shape, dtype=torch.float64)
     for s in range(4):
-        rows = (roll.step == s).any(1)
-        hidden, at = roll.step[rows] >= s, roll.step[rows] == s
+        rows = (roll.revealed_at == s).any(1)
+        hidden, at = roll.revealed_at[rows] >= s, roll.revealed_at[rows] == s
         part = roll[rows]
-        logp = egspo.score(model, egspo.canvas(part, hidden), part.prompt_mask, part.completion, at, 1.0)
+        logp = egspo.score(model, canvas(part, hidden), part.prompt_mask, part.completion, at, 1.0)
         every = every.index_add(0, rows.nonzero()[:, 0], logp)
     weight = (probability.detach() * reward)[:, None]
     right = torch.autograd.grad((weight * every).sum(), model.table, retain_graph=True)[0]
@@ -160,7 +166,7 @@ def test_fewer_steps_than_all_are_biased_and_by_how_much():
     for K in (1, 2, 3):
         chosen, kept = egspo.select_steps(roll, K, None)
         assert kept.all()
-        logp = torch.stack([egspo.step_logp(model, roll, chosen[:, k], 1.0) for k in range(K)], 1)
+        logp = torch.stack([step_logp(model, roll, chosen[:, k]) for k in range(K)], 1)
         total = ((probability.detach() * reward)[:, None] * logp).sum()
         error[K] = relative_error(exact, torch.autograd.grad(total, model.table)[0])
     assert error[3] < 1e-10
@@ -188,7 +194,7 @@ def baseline_error(baseline: str, lam: float) -> float:
     kept, taken = egspo.select_steps(roll[pairs], 3, None)
     ranked = guess_reward[pairs].gather(1, kept)
     adv = egspo.stepwise_advantage(reward[pairs], ranked, kept, taken, 2, 3, lam, baseline)
-    logp = torch.stack([egspo.step_logp(model, roll, torch.full((N,), s), 1.0) for s in range(3)], 1)
+    logp = torch.stack([step_logp(model, roll, torch.full((N,), s)) for s in range(3)], 1)
     weight = probability.detach()[pairs].view(-1, 2).prod(1).repeat_interleave(2)[:, None]
     total = (weight * adv * logp[pairs].gather(1, kept)).sum()  # two rows, each with half of the gradient
     return relative_error(exact, torch.autograd.grad(total, model.table)[0])
@@ -208,7 +214,7 @@ def test_steps_without_entropy_contribute_exactly_nothing():
         model.table[..., 1] = 2000.0  # certain: every step has entropy 0
     roll = as_rollout(model, [[1, 1, 1]], [[2, 0, 1]], 3)
     for s in range(3):
-        logp = egspo.step_logp(model, roll, torch.tensor([s]), 1.0)
+        logp = step_logp(model, roll, torch.tensor([s]))
         assert torch.autograd.grad(logp.sum(), model.table)[0].abs().max() == 0
 
 
@@ -221,7 +227,7 @@ def random_rollout(B=6, L=8, S=4, seed=0) -> Rollout:
     step[1, step[1] >= 2] = S  # this row was ended by an EOS after two steps
     entropy = torch.rand(B, L, generator=gen) * (step < S)
     x = torch.zeros(B, L, dtype=torch.long)
-    return Rollout(x[:, :0], x[:, :0].bool(), x, step, -entropy, entropy, x == 0, None, 9, S, 0, 0)
+    return Rollout(x[:, :0], x[:, :0].bool(), x, step, -entropy, entropy, x == 0, None, 9, S)
 
 
 def test_select_steps_against_loops():
@@ -230,7 +236,7 @@ def test_select_steps_against_loops():
     for b in range(6):
         mean = {}
         for s in range(4):
-            at = [i for i in range(8) if roll.step[b, i] == s]
+            at = [i for i in range(8) if roll.revealed_at[b, i] == s]
             if at:
                 mean[s] = sum(roll.entropy[b, i].item() for i in at) / len(at)
         best = sorted(mean, key=lambda s: -mean[s])[:3]
@@ -245,7 +251,7 @@ def test_select_uniform_is_uniform_and_ranked_by_entropy():
     steps, kept = egspo.select_steps(roll, 2, noise)
     share = torch.bincount(steps.flatten(), minlength=4) / 20_000
     assert kept.all() and ((share - 0.5).abs() < 5 * (0.25 / 20_000) ** 0.5).all()
-    entropy = per_step(roll.entropy, roll.step, 4).gather(1, steps)
+    entropy = per_step(roll.entropy, roll.revealed_at, 4).gather(1, steps)
     assert (entropy[:, 0] >= entropy[:, 1]).all()
 
 
@@ -310,10 +316,10 @@ def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(tmp_pat
     save_model(tiny_model(layers=1, width=32), tmp_path / "base")
     seen, honest = [], egspo.step_logp
 
-    def spy(model, roll, s, temperature):
+    def spy(model, x, roll, s, temperature):
         if torch.is_grad_enabled():  # else it is the reference's turn
             seen.extend((tuple(row.tolist()), step) for row, step in zip(roll.logp, s.tolist(), strict=True))
-        return honest(model, roll, s, temperature)
+        return honest(model, x, roll, s, temperature)
 
     monkeypatch.setattr(egspo, "step_logp", spy)
     shape = "--prompts 4 --G 2 --S 4 --minibatches 2 --updates 1 --beta 1".split()
@@ -328,10 +334,10 @@ def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(tmp_pat
 
 def slow_step_logp(model, roll, b: int, s: int) -> torch.Tensor:
     """log p of what step s of row b revealed; its canvas alone in a forward, its prompt without padding."""
-    shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
+    shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
     x = torch.cat([roll.prompt[b, roll.prompt_mask[b]], shown])[None]
     logp = (model.head(model.body(x, None))[0, -len(shown) :] / 0.7).log_softmax(1)
-    return sum(logp[i, roll.completion[b, i]] for i in range(len(shown)) if roll.step[b, i] == s)
+    return sum(logp[i, roll.completion[b, i]] for i in range(len(shown)) if roll.revealed_at[b, i] == s)
 
 
 def slow_loss(model, roll, logp_ref: dict, steps, taken, reward, guess_reward, baseline: str) -> torch.Tensor:
@@ -350,7 +356,7 @@ def slow_loss(model, roll, logp_ref: dict, steps, taken, reward, guess_reward, b
             R = reward[b] - sum(reward[b2] for b2 in group) / 3
             r = guess_reward[b, k] - sum(guess_reward[at] for at in same) / len(same)
             adv = R - r * 0.5 / 1.5
-        old = sum(roll.logp[b, i] for i in range(8) if roll.step[b, i] == s)
+        old = sum(roll.logp[b, i] for i in range(8) if roll.revealed_at[b, i] == s)
         logp = slow_step_logp(model, roll, b, s)
         ratio, d = (logp - old).exp(), logp_ref[b, s] - logp
         gain = torch.minimum(ratio * adv, ratio.clamp(1 - 0.1, 1 + 0.2) * adv)
@@ -370,15 +376,15 @@ def test_an_update_has_the_gradient_of_the_paper(baseline, saved, exact, tmp_pat
     """Two passes in float64: the ratio is 1 in the first, the clip bites in the second."""
     offer(monkeypatch, "toy", toy_task)
     seen = {}
-    for name in ("denoise", "select_steps", "reward_rows"):
+    for name in ("roll_out", "select_steps", "reward_rows"):
         monkeypatch.setattr(egspo, name, recording(getattr(egspo, name), seen.setdefault(name, [])))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr("run.plot", lambda *_: None)
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
     shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --updates 1 --K 3"
     flags = "--passes 2 --minibatches 1 --beta 0.3 --eps_lo 0.1 --eps_hi 0.2 --lr 1e-2 --budget 200"
     launch("egspo", "--model", saved, "--out", tmp_path / "run",
            *f"{shape} {flags} --eval_threshold 0 --baseline {baseline}".split())
-    (roll,), ((steps, taken),) = seen["denoise"], seen["select_steps"]
+    (roll,), ((steps, taken),) = seen["roll_out"], seen["select_steps"]
     reward, guess_reward = (found[0] for found in seen["reward_rows"])
     assert not taken.all()
     model = models.load_model(saved)

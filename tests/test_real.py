@@ -4,6 +4,7 @@ Weights are random and tiny, so nothing is learned; layouts, tokenizers, chat te
 are the real ones."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import runpy
@@ -14,13 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import LAYOUTS, write
-from test_methods import BASELINES, METHODS, ROOT, launch, lines, same_run
+from test_methods import BASELINES, METHODS, ROOT, launch, lines, same_run, variants
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import common
-import models
-import pretrain
-import run
+from plumbing import models, pretrain, run
+from plumbing.flags import WORDS, Flags
 
 QUESTIONS = [f"What is {a} plus {a + 1}?" for a in range(20)]
 BOARDS = ["0140432014020000,2143432114323214", "3102200002100320,3142243142131324"]
@@ -61,7 +61,7 @@ RUNS = [(method, layout, list(ROWS)[(m + i) % 5]) for m, method in enumerate(MET
 
 @pytest.mark.parametrize("method, layout, task", RUNS)
 def test_two_updates_and_resume(method, layout, task, data, tmp_path, monkeypatch, with_a_gradient):
-    monkeypatch.setattr("run.plot", lambda *_: None)  # it would take half of the time
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)  # it would take half of the time
     write(layout, tmp_path / "model")
     argv = ["--model", tmp_path / "model", "--task", task, "--data", data[task], *SHAPE, *OWN[method]]
     launch(method, *argv, "--updates", 2, "--out", tmp_path / "whole")
@@ -84,7 +84,7 @@ def test_as_on_cuda(method, data, tmp_path, monkeypatch, with_a_gradient):
         return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
     monkeypatch.setattr(models.Denoiser, "autocast", autocast)
-    monkeypatch.setattr("run.plot", lambda *_: None)
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
     write("dream", tmp_path / "model")
     argv = ["--model", tmp_path / "model", "--task", "gsm8k", "--data", data["gsm8k"], *SHAPE, *OWN[method]]
     beta = [] if method == "wd1" else ["--beta", 0.1]
@@ -107,7 +107,8 @@ def test_as_on_cuda(method, data, tmp_path, monkeypatch, with_a_gradient):
 def settings(monkeypatch, method: str, *argv):
     module = importlib.import_module(method)
     monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, argv)])
-    return run.parse_args(module.Args, method, module.COUNTDOWN, module.LLM)
+    return run.parse_args(module.Args, method, module.SUDOKU, module.COUNTDOWN, module.LLM,
+                          **variants(module))[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,7 +116,7 @@ def test_a_model_that_reads_words_starts_from_the_papers_settings(method, tmp_pa
     monkeypatch.chdir(tmp_path)  # where no earlier run has the default --out
     write("a2d-qwen3", tmp_path / "real")
     assert "tiny_task" not in json.loads((tmp_path / "real" / "config.json").read_text())
-    llm = importlib.import_module(method).LLM
+    llm = WORDS | importlib.import_module(method).LLM
     for task in ("gsm8k", "sudoku", "countdown"):
         paper = settings(monkeypatch, method, "--model", tmp_path / "real", "--task", task, "--seed", 5)
         assert {k: vars(paper)[k] for k in llm} == llm and (paper.seed, paper.task) == (5, task)
@@ -129,10 +130,13 @@ def test_a_tiny_model_starts_from_the_settings_of_its_task(method, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(method)
     assert (module.COUNTDOWN["L"], module.COUNTDOWN["block"]) == (8, 4)  # as its base was made
-    for task, changed in (("sudoku", {}), ("countdown", module.COUNTDOWN)):
+    own = {field.name for field in dataclasses.fields(module.Args)}
+    for task, own_changes in (("sudoku", module.SUDOKU), ("countdown", module.COUNTDOWN)):
         models.save_model(pretrain.tiny_model(1, 32, task=task), tmp_path / task)
         tiny = settings(monkeypatch, method, "--task", task)
-        expected = vars(module.Args(task=task, out=f"runs/{method}-{task}-1", **changed))
+        changed = own_changes | {"task": task, "out": f"runs/{method}-{task}-1"}
+        expected = vars(module.Args(**{k: v for k, v in changed.items() if k in own}))
+        expected = expected | vars(Flags(**{k: v for k, v in changed.items() if k not in own}))
         assert vars(tiny) == expected
         folder = settings(monkeypatch, method, "--model", tmp_path / task, "--task", task)
         assert vars(folder) == expected | {"model": str(tmp_path / task)}
@@ -144,12 +148,13 @@ def test_wd1_plus_plus_starts_from_settings_of_its_own(tmp_path, monkeypatch):
     module = importlib.import_module("wd1")
     parse, seen = run.parse_args, []
 
-    def parse_and_stop(*given):
-        seen.append(vars(parse(*given)))
+    def parse_and_stop(*given, **variants):
+        seen.append(vars(parse(*given, **variants)[1]))
         raise InterruptedError
 
     monkeypatch.setattr(run, "parse_args", parse_and_stop)
-    cases = {"--task sudoku": module.PLUSPLUS, "--task countdown": module.PLUSPLUS_COUNTDOWN,
+    sudoku, countdown, _ = module.PLUSPLUS
+    cases = {"--task sudoku": sudoku, "--task countdown": countdown,
              "--model someone/some-hub-id --task gsm8k": module.LLM | {"passes": 1}, "--lr 1": {"lr": 1.0}}
     cases = {f"--plusplus {flags}": changed | {"plusplus": True} for flags, changed in cases.items()}
     for flags, changed in (cases | {"": {"passes": 8, "plusplus": False}}).items():

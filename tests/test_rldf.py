@@ -15,11 +15,11 @@ from test_methods import launch
 
 import common
 import egspo
-import models
+from plumbing import models
 import rldf
 import tasks
 from common import canvas, denoise, group_noise, score
-from run import Run
+from plumbing.run import FolderRun
 from rldf import advantage, canvas_logp, clean_state_mask, draw_steps, step_surprise, token_loss
 
 L, BLOCK, G = 12, 4, 4
@@ -44,13 +44,18 @@ def record(monkeypatch, owner, name: str) -> list[tuple[tuple, object]]:
     return calls
 
 
+def logp_of_hidden(model, roll, hidden: torch.Tensor) -> torch.Tensor:
+    """canvas_logp on the canvases that hide `hidden` (B, L), at the temperature of the updates below."""
+    return canvas_logp(model, canvas(roll, hidden), roll, hidden, 0.7)
+
+
 def up_to_eos(tokens: list[int], eos_id: int) -> range:
     return range(tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens))
 
 
 def steps_of(roll, b: int) -> list[int]:
     """The steps row b took."""
-    return sorted(set(roll.step[b].tolist()) - {roll.S})
+    return sorted(set(roll.revealed_at[b].tolist()) - {roll.S})
 
 
 def noise(*shape, seed=0) -> torch.Tensor:
@@ -75,13 +80,14 @@ def test_the_canvas_before_s_is_the_samplers_own_input(monkeypatch):
     for b in range(3 * G):
         for s in steps_of(roll, b):
             inputs = seen[s][0][0].tolist()  # the distinct canvases of the rows at work
-            hidden = roll.step >= s
+            hidden = roll.revealed_at >= s
             assert canvas(roll, hidden)[b].tolist() in inputs
-            released = hidden & (roll.step < roll.S) if s else hidden  # the tail behind an EOS is visible
+            tail = roll.revealed_at == roll.S  # behind an EOS: the released code shows it
+            released = hidden & ~tail if s else hidden
             leaks += canvas(roll, released)[b].tolist() not in inputs
     for s, (inputs, _) in enumerate(seen):
         at_work = [b for b in range(3 * G) if s in steps_of(roll, b)]
-        assert len(inputs[0]) == len(canvas(roll, roll.step >= s)[at_work].unique(dim=0))
+        assert len(inputs[0]) == len(canvas(roll, roll.revealed_at >= s)[at_work].unique(dim=0))
     assert leaks > 0  # that canvas gives the answer's length away
     assert len({len(steps_of(roll, b)) for b in range(3 * G)}) > 2  # rows left the batch at various times
 
@@ -94,9 +100,10 @@ def test_a_finished_row_costs_nothing_more(monkeypatch):
         seen.clear()
         roll = rollout(model, threshold=threshold)
         taken = [len(steps_of(roll, b)) for b in range(3 * G)]
-        assert roll.nfe == sum(len(inputs[0]) for inputs, _ in seen)
-        assert roll.nfe < roll.nfe_full == sum(taken) < 3 * G * len(seen)
-        blocks = ((roll.step < roll.S).sum(1) // BLOCK).tolist()  # decoded
+        made, full = model.counts.pop("nfe_rollout"), model.counts.pop("nfe_rollout_full")
+        assert made == sum(len(inputs[0]) for inputs, _ in seen)
+        assert made < full == sum(taken) < 3 * G * len(seen)
+        blocks = ((roll.revealed_at < roll.S).sum(1) // BLOCK).tolist()  # decoded
         assert all(n <= steps <= BLOCK * n for n, steps in zip(blocks, taken, strict=True))
         forwards.append(sum(taken) / sum(blocks))
     assert 1 == forwards[0] < forwards[1] < forwards[2] < forwards[3] == BLOCK
@@ -113,15 +120,17 @@ def test_every_valid_token_was_recorded():
 def test_all_steps_together_are_egspos_trajectory_log_prob_of_the_valid_tokens(monkeypatch):
     model = sharp_model(OFTEN, torch.float64)
     roll = rollout(model, temperature=0.7)
-    times = (roll.step[:, None] == torch.arange(roll.S)[:, None]).sum(1)
+    times = (roll.revealed_at[:, None] == torch.arange(roll.S)[:, None]).sum(1)
     assert (times[roll.valid] == 1).all()  # each valid token is revealed at exactly one step
-    steps = roll.step[roll.step < roll.S].unique()
+    steps = roll.revealed_at[roll.revealed_at < roll.S].unique()
 
     def egspo_logp():
-        return sum(egspo.step_logp(model, roll, s.expand(3 * G), 0.7) for s in steps)
+        return sum(egspo.step_logp(model, canvas(roll, roll.revealed_at >= s), roll, s.expand(3 * G), 0.7)
+                   for s in steps)
 
     with torch.no_grad():
-        ours = sum(canvas_logp(model, roll, roll.step >= s, 0.7) * (roll.step == s) for s in steps).sum(1)
+        ours = sum(logp_of_hidden(model, roll, roll.revealed_at >= s) * (roll.revealed_at == s)
+                   for s in steps).sum(1)
         unrestricted = egspo_logp()
         monkeypatch.setattr(egspo, "score", lambda *inputs: score(*inputs) * roll.valid)
         torch.testing.assert_close(ours, egspo_logp(), atol=1e-10, rtol=0)
@@ -134,7 +143,7 @@ def test_step_surprise_against_loops():
     w, candidates = step_surprise(roll)
     wrong = 0.0
     for b, s in itertools.product(range(3 * G), range(roll.S)):
-        revealed = [i for i in range(L) if roll.step[b, i] == s]
+        revealed = [i for i in range(L) if roll.revealed_at[b, i] == s]
         valid = [i for i in revealed if i in up_to_eos(roll.completion[b].tolist(), 1)]
         assert candidates[b, s] == (len(valid) > 0)
         if valid:
@@ -225,12 +234,12 @@ def test_a_draw_does_not_depend_on_batch_mates():
 
 def test_clean_state_mask_against_loops():
     roll = rollout(sharp_model(OFTEN))
-    hidden, revealed, p = roll.step >= 1, roll.step == 1, noise(3 * G, L)
+    hidden, revealed, p = roll.revealed_at >= 1, roll.revealed_at == 1, noise(3 * G, L)
     expected = torch.zeros(3 * G, L, dtype=torch.bool)
     for b, i in itertools.product(range(3 * G), range(L)):
-        is_hidden, is_valid = roll.step[b, i] >= 1, i in up_to_eos(roll.completion[b].tolist(), 1)
+        is_hidden, is_valid = roll.revealed_at[b, i] >= 1, i in up_to_eos(roll.completion[b].tolist(), 1)
         if is_hidden and is_valid:
-            expected[b, i] = p[b, i] >= 0.6 or roll.step[b, i] == 1
+            expected[b, i] = p[b, i] >= 0.6 or roll.revealed_at[b, i] == 1
     assert torch.equal(clean_state_mask(p, hidden, roll.valid, revealed, 0.6), expected)
     visible_too, invalid_too = (p >= 0.6) & roll.valid | revealed, hidden & (p >= 0.6) | revealed
     precedence = hidden & roll.valid & (p >= 0.6) | revealed
@@ -327,7 +336,7 @@ def other_model() -> common.Denoiser:
     return model
 
 
-SPIES = ("denoise", "reward_rows", "draw_steps", "canvas_logp", "clean_state_mask", "token_loss")
+SPIES = ("roll_out", "reward_rows", "draw_steps", "canvas_logp", "clean_state_mask", "token_loss")
 SHAPE = ("--task toy --prompts 4 --G 4 --L 8 --S 8 --block 4 --K 3 --updates 1 --threshold 0.5 "
          "--temperature 0.7")
 
@@ -337,16 +346,16 @@ def update(monkeypatch, tmp_path):
     """Launch one update in float64 that moves nothing (lr 0): what each of SPIES was given and gave, the
     gradients before clipping, one for each optimizer step, and the metrics."""
     monkeypatch.setattr(common.Denoiser, "frozen", lambda m: replace(m, network=other_model().network))
-    monkeypatch.setattr(Run, "evaluate", lambda self: None)
-    monkeypatch.setattr(Run, "finish", lambda self: 0.0)
+    monkeypatch.setattr(FolderRun, "evaluate", lambda self: None)
+    monkeypatch.setattr(FolderRun, "finish", lambda self: 0.0)
     seen = SimpleNamespace(gradients=[], **{name: record(monkeypatch, rldf, name) for name in SPIES})
-    real, runs = Run.optimizer_step, itertools.count()
+    real, runs = FolderRun.step, itertools.count()
 
-    def optimizer_step(self, *inputs):
+    def step(self, *inputs):
         seen.gradients.append(torch.cat([p.grad.flatten() for p in self.model.network.parameters()]))
         return real(self, *inputs)
 
-    monkeypatch.setattr(Run, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(FolderRun, "step", step)
 
     def go(flags: str, task=toy_task, model=policy):
         for calls in vars(seen).values():
@@ -374,20 +383,20 @@ def slow_logp(model, roll, b: int, hidden: list[int]) -> torch.Tensor:
 def slow_update(model, seen, p_min: float, beta: float):
     """The paper's loss, the tempting mean over canvases of each canvas's mean, and the number of scored
     tokens."""
-    ((_, roll),), ((_, (reward, _, _)),), ((_, steps),) = seen.denoise, seen.reward_rows, seen.draw_steps
+    ((_, roll),), ((_, (reward, _, _)),), ((_, steps),) = seen.roll_out, seen.reward_rows, seen.draw_steps
     reference, per_canvas = other_model(), []
     for b, j in itertools.product(range(len(steps)), range(3)):
         s = steps[b, j].item()
         group = reward[b // 4 * 4 : b // 4 * 4 + 4].double().tolist()
         adv = (reward[b].item() - statistics.mean(group)) / max(statistics.stdev(group), 0.01)
-        hidden = [i for i in range(8) if roll.step[b, i] >= s]
+        hidden = [i for i in range(8) if roll.revealed_at[b, i] >= s]
         logp = slow_logp(model, roll, b, hidden)
         logp_ref = logp
         if beta:
             logp_ref = slow_logp(reference, roll, b, hidden).detach()
         losses = []
         for i in up_to_eos(roll.completion[b].tolist(), model.eos_id):
-            if i in hidden and (logp[i].exp() >= p_min or roll.step[b, i] == s):
+            if i in hidden and (logp[i].exp() >= p_min or roll.revealed_at[b, i] == s):
                 d = logp_ref[i] - logp[i]
                 losses.append(-adv * logp[i] + beta * (d.exp() - d - 1))
         per_canvas.append(torch.stack(losses))
@@ -417,9 +426,9 @@ def test_an_update_has_the_gradient_of_the_paper(update, p_min, beta):
     assert metrics["nfe_update"] < metrics["nfe_update_full"] == 16 * 3 * (2 if beta else 1)
     if p_min < 1:  # else nearly every canvas scores one token, and the two agree
         assert relative_error(gradient(model, wrong), found) > 0.02
-    roll = seen.denoise[0][1]
-    assert roll.nfe < (roll.step < roll.S).sum()  # decoded adaptively: some steps revealed several tokens
-    ((_, _, valid, revealed, _), _), hidden = seen.clean_state_mask[0], seen.canvas_logp[0][0][2]
+    roll = seen.roll_out[0][1]
+    assert metrics["nfe_rollout"] < (roll.revealed_at < roll.S).sum()  # adaptive: several tokens a step
+    ((_, _, valid, revealed, _), _), hidden = seen.clean_state_mask[0], seen.canvas_logp[0][0][3]
     fewest, most = (revealed & valid).sum(), (hidden & valid).sum()
     assert fewest < most and {0.0: count == most, 0.3: fewest < count < most, 2.0: count == fewest}[p_min]
 
@@ -427,8 +436,8 @@ def test_an_update_has_the_gradient_of_the_paper(update, p_min, beta):
 def test_the_gradient_does_not_depend_on_the_budget(update):
     whole = update("")
     assert len(whole.token_loss) == 1
-    ((_, roll),), ((_, steps),) = whole.denoise, whole.draw_steps
-    x = canvas(roll, roll.step[:, None] >= steps[..., None])
+    ((_, roll),), ((_, steps),) = whole.roll_out, whole.draw_steps
+    x = canvas(roll, roll.revealed_at[:, None] >= steps[..., None])
     canvases = len(x.flatten(0, 1).unique(dim=0))
     for budget in (1, 100):
         forwards = math.ceil(canvases / max(1, budget // x.shape[2]))
@@ -457,9 +466,9 @@ def test_minibatches_are_whole_groups_each_with_its_own_normaliser(update):
     assert len(counts) == len(seen.gradients) == 2 and counts[0] != counts[1]
     together = sum(n * g for n, g in zip(counts, seen.gradients, strict=True)) / sum(counts)
     assert relative_error(whole.gradients[0], together) < 1e-12
-    groups = [inputs[1].prompt.unique(dim=0).tolist() for inputs, _ in seen.canvas_logp]
+    groups = [inputs[2].prompt.unique(dim=0).tolist() for inputs, _ in seen.canvas_logp]
     assert [len(g) for g in groups] == [2, 2] and not any(prompt in groups[1] for prompt in groups[0])
-    assert all(len(inputs[1].prompt) == 2 * 4 * 3 for inputs, _ in seen.canvas_logp)
+    assert all(len(inputs[2].prompt) == 2 * 4 * 3 for inputs, _ in seen.canvas_logp)
 
 
 def test_equal_rewards_leave_the_kl_alone(update):
@@ -477,7 +486,7 @@ def test_equal_rewards_leave_the_kl_alone(update):
 def test_select_decides_the_weights_of_the_draw(update):
     """Uniform: all weights equal, the candidates as before."""
     surprise, uniform = update(""), update("--select uniform")
-    w, candidates = step_surprise(surprise.denoise[0][1])
+    w, candidates = step_surprise(surprise.roll_out[0][1])
     (w_surprise, candidates_surprise, *_), drawn = surprise.draw_steps[0]
     (w_uniform, candidates_uniform, *_), drawn_uniform = uniform.draw_steps[0]
     assert torch.equal(w_surprise, w) and w[candidates].std() > 0.1 and (w_uniform == 0).all()
@@ -488,10 +497,10 @@ def test_select_decides_the_weights_of_the_draw(update):
 def test_random_canvases_hide_and_score_30_percent(update):
     """|z| < 5 over some 5000 tokens: false alarm about 6e-7. Nothing else but the tail is hidden."""
     seen = update("--masks random --G 60 --p_min 2 --budget 100000")
-    (((_, roll, hidden, _), _),), ((_, m),) = seen.canvas_logp, seen.clean_state_mask
+    (((_, _, roll, hidden, _), _),), ((_, m),) = seen.canvas_logp, seen.clean_state_mask
     assert_shares(hidden[roll.valid], torch.tensor(0.3, dtype=torch.float64))
     assert torch.equal(m, hidden & roll.valid)  # all of it is scored, whatever p_min
-    tail = roll.step == roll.S
+    tail = roll.revealed_at == roll.S
     behind = ~roll.valid & ~tail  # the rest of the block of the EOS
     assert tail.any() and hidden[tail].all() and behind.any() and not hidden[behind].any()
     of_a_row = hidden.view(-1, 3, 8)[roll.valid.view(-1, 3, 8).all((1, 2))]
@@ -501,10 +510,10 @@ def test_random_canvases_hide_and_score_30_percent(update):
 def test_the_old_policy_is_the_one_before_the_first_pass(update):
     """The ratio is 1 in the first pass, not in the second; both score the same tokens."""
     seen = update("--passes 2 --lr 1e-2 --p_min 0.3", model=lambda: policy(torch.float32))
-    ((_, roll, hidden, T), logp_old), *_ = seen.canvas_logp
+    ((_, x, roll, hidden, T), logp_old), *_ = seen.canvas_logp
     (_, _, valid, revealed, _), mask = seen.clean_state_mask[0]
     with torch.no_grad():
-        before = canvas_logp(policy(torch.float32), roll, hidden, T)
+        before = canvas_logp(policy(torch.float32), x, roll, hidden, T)
     torch.testing.assert_close(logp_old, before)
     own = revealed & valid  # what a step revealed was sampled with this probability: one temperature
     torch.testing.assert_close(logp_old[own], roll.logp[own], atol=1e-4, rtol=0)

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import TEXTS, Tabular, generators, offer, padded_prompts, sharp_model, toy_task
+from conftest import (TEXTS, Tabular, evaluated, generators, offer, padded_prompts, sharp_model,
+                      toy_task)
 from test_methods import launch
 
 import common
-import models
+from plumbing import models
 import wd1
 from common import canvas, denoise, encode, group_noise
 from wd1 import clean_predictions, draw_steps, group_weights, hide_tokens, one_step_logp
@@ -62,15 +63,16 @@ def slow_logp(model, prompt, prompt_mask, shown, y, temperature: float) -> torch
 
 def slow_clean_prediction(model, roll, b: int, s: int) -> torch.Tensor:
     """The greedy completion of the canvas before step s; of the row's last step, the finished row."""
-    if s == max(step for step in roll.step[b].tolist() if step < roll.S):
+    if s == max(step for step in roll.revealed_at[b].tolist() if step < roll.S):
         return roll.completion[b]
-    shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
+    shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
     best = slow_logits(model, roll.prompt[b], roll.prompt_mask[b], shown).argmax(1)
     return torch.where(shown == model.mask_id, best, shown)
 
 
 def steps_taken(roll) -> list[tuple[int, int]]:
-    return [(b, s) for b in range(len(roll.step)) for s in range(roll.S) if s in roll.step[b].tolist()]
+    revealed_at = roll.revealed_at.tolist()
+    return [(b, s) for b, row in enumerate(revealed_at) for s in range(roll.S) if s in row]
 
 
 @pytest.fixture
@@ -241,9 +243,9 @@ def test_one_forward_per_prompt_equals_G_forwards(in_float64):
     completion[0, 1, 9] = model.eos_id  # a second one counts for nothing
     weight = torch.randn(3, G, generator=gen, dtype=torch.float64)
 
-    before = model.forwards["rows"]
+    seen = evaluated(model)
     together = group_logp(model, shown, prompt_mask, completion, T)
-    assert model.forwards["rows"] - before == 3
+    assert sum(seen) == 3
     nothing = torch.full((L,), model.mask_id)
     pairs = list(itertools.product(range(3), range(G)))
     apart = [slow_logp(model, shown[p], prompt_mask[p], nothing, completion[p, i], T) for p, i in pairs]
@@ -308,14 +310,14 @@ def test_a_prompt_mask_is_a_function_of_the_prompts_own_generator():
 def rollout(model, S=6, block=4):
     """12 rows; some end early."""
     return denoise(model, *padded_prompts(model, G), generators(), L=L, S=S, block=block, temperature=T,
-                   guess=True)
+                   guess="greedy")
 
 
 def test_clean_predictions_and_one_step_logp_against_loops(in_float64):
     model = sharp_model(OFTEN, torch.float64)
     roll = rollout(model)
     b, s = torch.tensor(steps_taken(roll)).T
-    last = roll.step.masked_fill(roll.step == roll.S, -1).amax(1)
+    last = roll.revealed_at.masked_fill(roll.revealed_at == roll.S, -1).amax(1)
     early = last < roll.S - 1
     assert 0 < early.sum() < len(early)
 
@@ -327,7 +329,7 @@ def test_clean_predictions_and_one_step_logp_against_loops(in_float64):
     last_of_all = torch.where((s == roll.S - 1)[:, None], roll.completion[b], roll.guess[b, s])
     assert not torch.equal(last_of_all[early[b]], y[early[b]])  # a row that ended early has its own last step
 
-    x = canvas(roll[b], roll.step[b] >= s[:, None])
+    x = canvas(roll[b], roll.revealed_at[b] >= s[:, None])
     logp = one_step_logp(model, x, roll.prompt_mask[b], y, T)
     rows = zip(roll.prompt[b], roll.prompt_mask[b], x[:, -L:], y, strict=True)
     slow = torch.stack([torch.as_tensor(slow_logp(model, *row, T)) for row in rows])
@@ -336,7 +338,7 @@ def test_clean_predictions_and_one_step_logp_against_loops(in_float64):
     expected = gradient(model, (weight * slow).sum())
     torch.testing.assert_close(gradient(model, (weight * logp).sum()), expected, atol=1e-10, rtol=1e-10)
 
-    share = (roll.step[b] >= s[:, None]).double().mean(1)
+    share = (roll.revealed_at[b] >= s[:, None]).double().mean(1)
     assert (logp * share - slow).abs().max() > 0.1  # without 1 / l_s
     behind_eos = common.score(model, x, roll.prompt_mask[b], y, x[:, -L:] == model.mask_id, T).sum(1) / share
     assert (behind_eos - slow).abs().max() > 0.1
@@ -355,7 +357,7 @@ def test_draw_steps_only_steps_taken_and_all_of_them():
             assert len(set(drawn)) == len(drawn) == min(K, len(taken))
             assert set(drawn) <= set(taken)
     steps, member = draw_steps(roll, 4, torch.zeros_like(noise))  # rand can return 0
-    assert member.sum(1).tolist() == [min(4, len(set(row) - {roll.S})) for row in roll.step.tolist()]
+    assert member.sum(1).tolist() == [min(4, len(set(row) - {roll.S})) for row in roll.revealed_at.tolist()]
 
 
 def test_draw_steps_is_uniform():
@@ -365,7 +367,7 @@ def test_draw_steps_is_uniform():
     noise = torch.rand(20_000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for count in (6, 4):
         step = torch.arange(L) // 2
-        roll.step = step.masked_fill(step >= count, roll.S).expand(20_000, L)
+        roll.revealed_at = step.masked_fill(step >= count, roll.S).expand(20_000, L)
         steps, member = draw_steps(roll, 2, noise)
         assert member.all()
         low, high = steps.sort(1).values.T
@@ -386,7 +388,7 @@ def test_plusplus_with_one_step_is_wd1_with_the_whole_prompt_shown(in_float64):
     one = group_logp(model, shown, roll.prompt_mask[::G], roll.completion.view(3, G, L), T)
     steps, member = draw_steps(roll, 1, group_noise(generators(), 3 * G, (1,)))
     assert member.all()
-    x = canvas(roll, roll.step >= steps)
+    x = canvas(roll, roll.revealed_at >= steps)
     two = one_step_logp(model, x, roll.prompt_mask, clean_predictions(roll, steps)[:, 0], T).view(3, G)
     torch.testing.assert_close(two, one, atol=1e-10, rtol=0)
     expected = gradient(model, (weight * one).sum() / 3)
@@ -417,7 +419,7 @@ def run(monkeypatch, tmp_path):
     the rows evaluated for gradients."""
     models.save_model(sharp_model(OFTEN), tmp_path / "model")
     offer(monkeypatch, "toy", toy_task)
-    drawn = {name: record(monkeypatch, name) for name in ("denoise", "hide_tokens", "draw_steps")}
+    drawn = {name: record(monkeypatch, name) for name in ("roll_out", "hide_tokens", "draw_steps")}
     evaluated, real = [], common.Denoiser.body
 
     def counting(self, x, attn):
@@ -461,9 +463,10 @@ def test_a_run_of_wd1_computes_the_papers_loss(run, positive_only):
     """And scores a row for 1/G of a forward; two passes, two minibatches each, one canvas per forward."""
     flags = "--psi 2 --passes 2 --minibatches 2 --hide_prompt 0.5 --budget 13"
     model, metrics, drawn = run(flags + positive_only * " --positive_only")
-    (roll,), masks = drawn["denoise"], drawn["hide_tokens"]
-    first = roll.step == 0
-    sampled = common.score(model, canvas(roll, roll.step >= 0), roll.prompt_mask, roll.completion, first, T)
+    (roll,), masks = drawn["roll_out"], drawn["hide_tokens"]
+    first = roll.revealed_at == 0
+    x = canvas(roll, roll.revealed_at >= 0)
+    sampled = common.score(model, x, roll.prompt_mask, roll.completion, first, T)
     torch.testing.assert_close(sampled, roll.logp * first)  # rolled out at the temperature of scoring
     assert metrics["nfe_update"] == 2 * 4 and metrics["nfe_update_full"] == 2 * len(roll.prompt)
     assert len(masks) == 2 and not torch.equal(*masks)  # redrawn
@@ -483,13 +486,13 @@ def test_a_run_of_wd1_computes_the_papers_loss(run, positive_only):
 def test_a_run_of_plusplus_computes_the_papers_loss(run, K):
     """Loss and length of the gradient, in several forwards."""
     model, metrics, drawn = run(f"--plusplus --K {K} --psi 2 --passes 1 --budget 182")
-    (roll,), ((steps, member),) = drawn["denoise"], drawn["draw_steps"]
+    (roll,), ((steps, member),) = drawn["roll_out"], drawn["draw_steps"]
     kept = [(b, steps[b, k].item()) for b, k in member.nonzero().tolist()]
     assert metrics["nfe_update"] <= metrics["nfe_update_full"] == len(kept)
     assert K < 4 or sorted(kept) == steps_taken(roll)
     rows = []
     for b, s in kept:
-        shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
+        shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
         rows.append((b, roll.prompt[b], shown, slow_clean_prediction(model, roll, b, s)))
     loss = slow_loss(model, roll, rows, 2.0, False)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4) and abs(loss.item()) > 0.1
