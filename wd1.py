@@ -194,7 +194,7 @@ COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=45
 LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, passes=12, lr=3e-6,
            grad_norm=0.2)
 PLUSPLUS = (dict(prompts=16, passes=1, minibatches=2, lr=2e-4, updates=200),
-            dict(L=8, S=4, block=4, passes=1, minibatches=4, updates=85),
+            dict(L=8, S=4, block=4, prompts=16, passes=1, minibatches=2, lr=2e-4, updates=200),
             dict(prompts=8, G=8, L=512, S=256, block=128, minibatches=1, temperature=0.4, K=8, passes=1,
                  lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0))
 
