@@ -170,7 +170,7 @@ class Rollout:
     logp: Tensor  # (B, L) of the token, in the distribution it was sampled from; 0 where revealed_at == S
     entropy: Tensor  # (B, L) of that distribution, in nats
     valid: Tensor  # (B, L) True up to and including the first EOS
-    guess: Tensor | None  # (B, S, L) greedy one-step completion of the state before each step
+    guess: Tensor | None  # (B, S, L) one-step completion of the state before each step
     mask_id: int
     S: int
 
@@ -235,7 +235,7 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 def denoise(
     model: Denoiser, prompt: Tensor, prompt_mask: Tensor, gens: list[torch.Generator], *,
     L: int, S: int, block: int, temperature: float = 1.0, order: str = "top_prob",
-    threshold: float | None = None, guess: bool = False,
+    threshold: float | None = None, guess: str | None = None,
 ) -> Rollout:
     """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), block by block, left to right.
 
@@ -254,9 +254,15 @@ def denoise(
     threshold: in place of n positions, reveal every position whose probability reaches it, or else the single
         best one (Fast-dLLM, arXiv 2505.22618). Rows then take from L / block to L steps, and S is taken to be
         L. Not for a random order, which has no probability.
-    guess: also keep the greedy one-step completion of the state before each step. It needs no more forwards.
+    guess: also keep a one-step completion of the state before each step. It needs no more forwards, and what
+    the rollout samples does not depend on it. Every hidden position gets
+        "greedy"      its most likely token
+        "sampled"     a token sampled at the temperature; in the current block the one that the step itself
+                      sampled there, so the completion contains what the step reveals
+    At temperature 0 both are the same.
     """
     assert order in ("confidence", "top_prob", "random"), order
+    assert guess in (None, "greedy", "sampled"), guess
     assert L % block == 0 and L % S == 0 and S % (L // block) == 0, f"L {L}, S {S}, block {block} do not fit"
     assert not (threshold and order == "random"), "a random order has no probability to compare"
     n, T = L // S, temperature or 1.0  # greedy decoding (temperature 0) records the log-probs of T = 1
@@ -270,6 +276,10 @@ def denoise(
     logp = torch.zeros(B, L, dtype=torch.float64, device=x.device)
     entropy = torch.zeros_like(logp)
     guesses = torch.full((B, S, L), -1, device=x.device) if guess else None
+    if guess == "sampled" and temperature == 0:
+        guess = "greedy"
+    if guess == "sampled":  # noise of its own for later blocks: the rollout samples as it does without
+        guess_gens = [generator(gen.device, gen.initial_seed(), "guess") for gen in gens]
     start = torch.zeros(B, dtype=torch.long, device=x.device)  # first column of each row's current block
     rows = torch.arange(B, device=x.device)  # the R rows that are not done
 
@@ -283,7 +293,7 @@ def denoise(
         h = h[:, P:]  # (N, L, d)
         model.counts["nfe_rollout"] += len(one)
         model.counts["nfe_rollout_full"] += len(rows)  # what the papers count
-        if guess:
+        if guess == "greedy":
             guesses[rows, s] = greedy_fill(model, x[one], h)[canvas_of]
 
         # Give every row the distribution of each position of its block.
@@ -299,6 +309,11 @@ def denoise(
         else:
             token = logprobs.argmax(-1)
         token_logp = logprobs.gather(-1, token[..., None])[..., 0]
+        if guess == "sampled":
+            seen = x[rows]
+            seen.scatter_(1, cols, torch.where(hidden, token, seen.gather(1, cols)))
+            noise = group_noise(guess_gens, B, (L,))[rows]
+            guesses[rows, s] = sampled_fill(model, seen, h, canvas_of, temperature, noise)
 
         # Rank the hidden positions by how certain they are. Rank 0 is the most certain.
         if order == "random":
@@ -337,6 +352,24 @@ def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
     filled = x.clone()
     parts = h[hidden].split(max(1, LOGITS // model.V))
     filled[hidden] = torch.cat([model.head(part).argmax(-1) for part in parts])
+    return filled
+
+
+def sampled_fill(
+    model: Denoiser, x: Tensor, h: Tensor, canvas_of: Tensor, temperature: float, noise: Tensor
+) -> Tensor:
+    """Fill each hidden position of x (R, L) with a sample from its own distribution.
+
+    h (N, L, d) are the hidden states of N canvases; canvas_of (R,) says which of them each row stands on.
+    noise (R, L), uniform: the token is the first at which the cumulated probability exceeds the number. So a
+    position needs one random number, not V of them. The head runs in parts."""
+    filled, size = x.clone(), max(1, LOGITS // model.V)
+    for at in (x == model.mask_id).nonzero().split(size):
+        row, col = at.T  # (m,)
+        logits = model.head(h[canvas_of[row], col])  # (m, V)
+        cumulated = logits.double().div_(temperature).softmax(-1).cumsum_(-1)
+        cumulated = cumulated / cumulated[:, -1:]  # ends at exactly 1, which no number reaches
+        filled[row, col] = torch.searchsorted(cumulated, noise[row, col, None], right=True)[:, 0]
     return filled
 
 

@@ -6,7 +6,8 @@ No Monte Carlo: the sampler is led down every path, groups of 4 are all multiset
 and masks are summed over. All at theta_old, where ratios are 1, by the methods' own functions, settings and
 sampling (RLDF's has threshold 0.9, JustGRPO's blocks of one token), against the exact gradient of E[R] under
 that sampling. Simplified: RLDF draws one step or mask for a row, its normaliser a constant as in a large
-batch; GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO and wd1 could hide some.
+batch; wd1++ has greedy completions; GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO
+and wd1 could hide some.
 
     cosine    of the angle between expected update u and gradient g: mean and lowest over the models
     bias      |u - a g| / |a g| with the best a: the tangent of the angle, median
@@ -53,7 +54,15 @@ MASKS = torch.cartesian_prod(*[torch.tensor([False, True])] * L)  # (8, L)
 
 
 def egspo_update(model, roll, draw, value, K=S, select="entropy", lam=0.0, baseline="step"):
-    steps, taken = egspo.select_steps(roll, K, ORDERS[draw] if select == "uniform" else None)  # (O, K)
+    share = weight = torch.ones(len(draw), 1)
+    if select == "importance":  # draw is a number of K digits, the steps
+        digits = draw[:, None] // S ** torch.arange(K) % S  # (O, K)
+        P = roll.entropy.gather(1, roll.revealed_at.argsort(1))  # of each step, which reveals one token
+        P = P / P.sum(1, keepdim=True)
+        share = P.gather(1, digits)
+        steps, taken, weight = egspo.draw_steps(roll, (P.cumsum(1) - P / 2).gather(1, digits))
+    else:
+        steps, taken = egspo.select_steps(roll, K, ORDERS[draw] if select == "uniform" else None)  # (O, K)
     guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, L))
     reward, guess_reward = value[roll.completion @ ANSWER], value[guess @ ANSWER]
     hidden = roll.revealed_at[:, None] >= steps[..., None]  # (O, K, L)
@@ -64,7 +73,8 @@ def egspo_update(model, roll, draw, value, K=S, select="entropy", lam=0.0, basel
         adv = egspo.stepwise_advantage(reward[o], guess_reward[o], steps[o], taken[o], G, S, lam, baseline)
         return egspo.policy_loss(at, at.detach(), adv, 0.2, 0.5)[0]
 
-    return torch.ones(len(draw)), logp, hidden, loss
+    hidden[:, 1:][steps[:, 1:] == steps[:, :-1]] = False  # a step that was drawn twice is evaluated once
+    return share.prod(1), logp * weight, hidden, loss
 
 
 def rldf_update(model, roll, draw, value, select="surprise", masks="sequential", p_min=0.6):
@@ -143,8 +153,10 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "EGSPO, order confidence": (CONFIDENCE, egspo_update, 1, {}),
     "EGSPO, K 2 of 3": (TOP_PROB, egspo_update, 1, dict(K=2)),
     "EGSPO, K 2 of 3, uniform": (TOP_PROB, egspo_update, 6, dict(K=2, select="uniform")),
+    "EGSPO, K 2 of 3, importance": (TOP_PROB, egspo_update, S**2, dict(K=2, select="importance")),
     "EGSPO, K 1 of 3": (TOP_PROB, egspo_update, 1, dict(K=1)),
     "EGSPO, K 1 of 3, uniform": (TOP_PROB, egspo_update, 6, dict(K=1, select="uniform")),
+    "EGSPO, K 1 of 3, importance": (TOP_PROB, egspo_update, S, dict(K=1, select="importance")),
     "EGSPO-SA": (TOP_PROB, egspo_update, 1, dict(lam=0.5)),
     "EGSPO-SA, rank": (TOP_PROB, egspo_update, 1, dict(lam=0.5, baseline="rank")),
     "EGSPO-SA, K 2 of 3": (TOP_PROB, egspo_update, 1, dict(lam=0.5, K=2)),
