@@ -227,8 +227,9 @@ def check_out(settings: SimpleNamespace):
     free = settings.resume or not os.path.lexists(out) or out.is_dir() and settings.eval_only
     if not free and not (out.is_dir() and set(os.listdir(out)) <= {"lost+found"}):  # of a mounted volume
         refuse(f"{out} exists and holds no run to go on with: choose another --out")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    os.rmdir(tempfile.mkdtemp(dir=there))
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    with tempfile.TemporaryDirectory(dir=there) as trial:  # also its name may be too long
+        Path(trial, out.absolute().relative_to(there)).mkdir(parents=True, exist_ok=True)
 
 
 def reads_data(settings: SimpleNamespace) -> bool:

@@ -44,10 +44,11 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
     train(args, model, task, run) is the method, Args its settings. sudoku, countdown, llm and variants: what
     a run starts from, see flags.parse_args."""
     settle()
-    method = Path(inspect.getfile(train)).stem
+    method, begun = Path(inspect.getfile(train)).stem, False
     try:
         args, settings = parse_args(Args, method, sudoku, countdown, llm, **variants)
         model, task = setup(settings)
+        begun = True
         if settings.eval_only:
             return evaluate_only(settings, model, task)
         run = FolderRun(settings, method, task)
@@ -56,7 +57,9 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
     except KeyboardInterrupt:  # before the first update or after the last one; between them see interrupt()
         print("\nstopped by ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:  # a file or folder that was moved, deleted or made read-only meanwhile
+    except OSError as error:  # a name too long, a folder that was moved, deleted or made read-only meanwhile
+        if not begun:
+            refuse(one_line(error))
         parallel.after_rank_0()
         sys.exit(f"error: {one_line(error)}")
 
