@@ -19,10 +19,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pretrain  # noqa: E402
-from compare import BASES, base_digest, processor  # noqa: E402
-from models import load_model, save_model  # noqa: E402
-from run import git_commit  # noqa: E402
+from benchmarks.compare import BASES, base_digest, processor  # noqa: E402
+from plumbing import pretrain  # noqa: E402
+from plumbing.models import load_model, save_model  # noqa: E402
+from plumbing.run import git_commit  # noqa: E402
 from tasks import load  # noqa: E402
 
 RESULTS = ROOT / "results" / "bases.jsonl"

@@ -4,8 +4,9 @@ One run per process, as many at a time as there are cores, one thread each, all 
 in results/bases. A finished run is a line of results/runs.jsonl and is never repeated; stopped and started
 again, the others go on from their checkpoints.
 
-python compare.py            all runs that are missing; --study main --seeds 3 for some of them
-python compare.py --report   the tables of README.md and results/README.md, between marks, and the figures
+python benchmarks/compare.py             all runs that are missing; --study main --seeds 3 for some of them
+python benchmarks/compare.py --report    the tables between the marks of README.md and results/README.md, and
+                                         the figures
 """
 
 import hashlib
@@ -25,13 +26,15 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from benchmarks import tables
-from common import refuse
-from pretrain import TINY
-from report import plot_methods
-from run import git_commit
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-ROOT = Path(__file__).parent
+from benchmarks import tables  # noqa: E402
+from plumbing.parallel import refuse  # noqa: E402
+from plumbing.pretrain import TINY  # noqa: E402
+from plumbing.report import plot_methods  # noqa: E402
+from plumbing.run import git_commit  # noqa: E402
+
 RUNS = ROOT / "results" / "runs.jsonl"
 BASES = ROOT / "results" / "bases"  # of each task: pretrain.py builds other weights on another CPU
 MAIN = {

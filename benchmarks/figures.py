@@ -16,9 +16,9 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.compare import BASES  # noqa: E402
 from common import canvas, denoise, encode, generator  # noqa: E402
-from compare import BASES  # noqa: E402
-from models import load_model  # noqa: E402
+from plumbing.models import load_model  # noqa: E402
 from tasks import load  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def tree(prompt: int = 0, G: int = 8, S: int = 8):
     model, row = load_model(str(BASES / "sudoku")), load("sudoku", chat=False).train[prompt]
     tokens, mask = encode(model, [row["prompt"]] * G)
     roll = denoise(model, tokens, mask, [generator("cpu", 1, "rollout", 0, prompt)], L=16, S=S, block=16)
-    states = torch.stack([canvas(roll, roll.step >= s) for s in range(S)], 1).tolist()  # (G, S, P+L)
+    states = torch.stack([canvas(roll, roll.revealed_at >= s) for s in range(S)], 1).tolist()  # (G, S, P+L)
     order = sorted(range(G), key=lambda b: states[b])  # rows that stay together lie together
     figure, axes = plt.subplots(figsize=(7.5, 2.6), constrained_layout=True)
     place = {}
@@ -41,7 +41,7 @@ def tree(prompt: int = 0, G: int = 8, S: int = 8):
             axes.scatter(s, place[s, state], 150, color="tab:orange", zorder=2)
             axes.annotate(len(rows), (s, place[s, state]), ha="center", va="center", fontsize=8, zorder=3)
     made = len(place)
-    assert made == roll.nfe
+    assert made == model.counts["nfe_rollout"]
     axes.margins(y=0.12)
     axes.set(xlabel=f"denoising step: {made} forwards instead of {G * S}", yticks=[], xticks=range(S))
     axes.spines[["top", "right", "left"]].set_visible(False)

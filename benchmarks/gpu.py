@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
-from memory import naive_step  # noqa: E402
-from models import checkpoint_layers  # noqa: E402
+from benchmarks.memory import naive_step  # noqa: E402
+from plumbing.models import checkpoint_layers  # noqa: E402
 
 PLAIN = {"is_causal": False, "use_cache": False}
 QWEN = {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -84,10 +84,10 @@ def naive_rollout(model, prompt):
 def updates(model, roll, budget: int, naive: bool):
     """Forward and backward of K canvases per row, as EGSPO scores them: the tokens revealed at each step."""
     steps = torch.arange(0, S, S // K, device=DEVICE).expand(G, -1)  # (G, K)
-    x = common.canvas(roll, roll.step[:, None] >= steps[..., None])  # (G, K, P+L)
-    for part in common.micro_batches(torch.ones_like(steps).nonzero(), x, 1 if naive else budget):
+    x = common.canvas(roll, roll.revealed_at[:, None] >= steps[..., None])  # (G, K, P+L)
+    for part in common.micro_batches(model, torch.ones_like(steps).nonzero(), x, 1 if naive else budget):
         r, k = part.unbind(1)
-        rows, where = roll[r], roll.step[r] == steps[r, k][:, None]
+        rows, where = roll[r], roll.revealed_at[r] == steps[r, k][:, None]
         if naive:
             logp = model.head(model.body(x[r, k], None)).log_softmax(-1)[:, P:]
             logp = logp.gather(-1, rows.completion[..., None])[..., 0] * where

@@ -56,13 +56,15 @@ def egspo_update(model, roll, draw, value, K=S, select="entropy", lam=0.0, basel
     steps, taken = egspo.select_steps(roll, K, ORDERS[draw] if select == "uniform" else None)  # (O, K)
     guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, L))
     reward, guess_reward = value[roll.completion @ ANSWER], value[guess @ ANSWER]
-    logp = torch.stack([egspo.step_logp(model, roll, s, 1.0) for s in steps.T], 1)
+    hidden = roll.revealed_at[:, None] >= steps[..., None]  # (O, K, L)
+    x = canvas(roll, hidden)
+    logp = torch.stack([egspo.step_logp(model, x[:, k], roll, s, 1.0) for k, s in enumerate(steps.T)], 1)
 
     def loss(at, o):
         adv = egspo.stepwise_advantage(reward[o], guess_reward[o], steps[o], taken[o], G, S, lam, baseline)
         return egspo.policy_loss(at, at.detach(), adv, 0.2, 0.5)[0]
 
-    return torch.ones(len(draw)), logp, roll.step[:, None] >= steps[..., None], loss
+    return torch.ones(len(draw)), logp, hidden, loss
 
 
 def rldf_update(model, roll, draw, value, select="surprise", masks="sequential", p_min=0.6):
@@ -73,8 +75,8 @@ def rldf_update(model, roll, draw, value, select="surprise", masks="sequential",
         w, candidates = rldf.step_surprise(roll)
         w = (w if select == "surprise" else 0 * w).masked_fill(~candidates, -torch.inf)
         share = w.softmax(1).gather(1, draw[:, None])[:, 0]  # as draw_steps does for K = 1
-        hidden, revealed = roll.step >= draw[:, None], roll.step == draw[:, None]
-    logp = rldf.canvas_logp(model, roll, hidden, 1.0)
+        hidden, revealed = roll.revealed_at >= draw[:, None], roll.revealed_at == draw[:, None]
+    logp = rldf.canvas_logp(model, canvas(roll, hidden), roll, hidden, 1.0)
     m = rldf.clean_state_mask(logp.detach().exp(), hidden, roll.valid, revealed, p_min)
     reward = value[roll.completion @ ANSWER]
     return share, (logp * m).sum(1, keepdim=True), hidden[:, None], (
@@ -84,7 +86,7 @@ def rldf_update(model, roll, draw, value, select="surprise", masks="sequential",
 def wd1_update(model, roll, draw, value, K=1, positive_only=False):
     steps = torch.arange(K).expand(len(draw), K)  # wd1: before step 0 all is hidden
     y = wd1.clean_predictions(roll, steps) if K == S else roll.completion[:, None]
-    hidden = roll.step[:, None] >= steps[..., None]
+    hidden = roll.revealed_at[:, None] >= steps[..., None]
     x = canvas(roll, hidden)
     logp = [wd1.one_step_logp(model, x[:, k], roll.prompt_mask, y[:, k], 1.0) for k in range(K)]
 
@@ -102,7 +104,7 @@ def mask_noise(draw):
 
 def gdsd_update(model, roll, draw, value, match):
     hidden = gdsd.mask_pairs(roll.valid, mask_noise(draw))[:, 0]  # (O, 2, L)
-    c = gdsd.pair_score(model, roll, hidden, match, 1.0)[:, None]
+    c = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, 1.0)[:, None]
     reward = value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), c, hidden, lambda at, o: gdsd.distillation_loss(
         at, at.detach(), at.detach(), gdsd.advantage(reward[o], G)[:, None], 0.2, 0.0)
@@ -118,15 +120,17 @@ def diffu_grpo_update(model, roll, draw, value):
 
 def espo_update(model, roll, draw, value):
     scored = espo.antithetic_masks(roll.valid, mask_noise(draw))  # (O, 2, L)
-    E, reward = espo.elbo(model, roll, scored, 1.0)[:, None], value[roll.completion @ ANSWER]
+    E = espo.elbo(model, canvas(roll, scored), roll, scored, 1.0)[:, None]
+    reward = value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), E, scored, lambda at, o: espo.sequence_loss(
         at, at.detach(), L, espo.advantage(reward[o], G)[:, None], 0.2)[0]
 
 
 def just_grpo_update(model, roll, draw, value, grpo_norm=False):
     place = torch.arange(L)
-    logp = [just_grpo.token_logp(model, roll, place[t].expand(len(draw)), 1.0) for t in range(L)]
     hidden = (place >= place[:, None]).expand(len(draw), -1, -1)  # (O, L, L)
+    x = canvas(roll, hidden)
+    logp = [just_grpo.token_logp(model, x[:, t], roll, place[t].expand(len(draw)), 1.0) for t in range(L)]
     reward = value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), torch.stack(logp, 1), hidden, lambda at, o: just_grpo.token_loss(
         at, at.detach(), just_grpo.advantage(reward[o], G, grpo_norm)[:, None], 0.2)[0]
@@ -202,7 +206,7 @@ def measure(kind: str, seed: int, names=VARIANTS) -> dict[str, list[float]]:
         sampling, update, draws, options = VARIANTS[name]
         roll, p = rollout(*sampling)
         g = torch.autograd.grad(p @ value[roll.completion @ ANSWER], table, retain_graph=True)[0].flatten()
-        forwards = distinct_canvases(roll, roll.step[:, None] >= torch.arange(S)[:, None], p.detach())
+        forwards = distinct_canvases(roll, roll.revealed_at[:, None] >= torch.arange(S)[:, None], p.detach())
         row, draw = torch.cartesian_prod(torch.arange(len(p)), torch.arange(draws)).T
         roll, p = roll[row], p.detach()[row]
         share, logp, hidden, loss = update(model, roll, draw, value, **options)

@@ -1,4 +1,5 @@
-"""The tables of README.md and results/README.md, made of the lines in results/: `python compare.py --report`.
+"""The tables of README.md and results/README.md, made of the lines in results/ by
+`python benchmarks/compare.py --report`.
 
 A run is a line of runs.jsonl; the points of its curve are update, seconds, forwards with every row counted,
 solved share.

@@ -58,7 +58,7 @@ def every_rollout(
     with mock.patch.object(common, "group_noise", lambda *_: next(noise)):
         roll = common.denoise(model, none, none.bool(), [None], L=L, S=S, block=block, order=order,
                               threshold=threshold, guess=True)
-    hidden = roll.step[:, None] >= torch.arange(S)[:, None]  # (rows, S, L)
+    hidden = roll.revealed_at[:, None] >= torch.arange(S)[:, None]  # (rows, S, L)
     inside = torch.arange(L) // block == torch.arange(S)[:, None] // block  # (S, L) step s is in this block
     target = torch.zeros_like(hidden, dtype=torch.long)
     target[:, inside] = tokens.flatten(1)
@@ -67,6 +67,6 @@ def every_rollout(
     roll, target, hidden, sampled = roll[once], target[once].flatten(0, 1), hidden[once], sampled[once]
     x = common.canvas(roll, hidden).flatten(0, 1)
     logp = common.score(model, x, x[:, :0].bool(), target, sampled.flatten(0, 1), 1.0)  # of all it samples
-    first, which = common.distinct(torch.cat([roll.completion, roll.step], 1))
+    first, which = common.distinct(torch.cat([roll.completion, roll.revealed_at], 1))
     p = logp.view(-1, S * L).sum(1).exp()
     return roll[first], p.new_zeros(len(first)).index_add(0, which, p)

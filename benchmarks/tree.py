@@ -1,9 +1,9 @@
 """What it saves to evaluate each distinct canvas once: seconds, forwards and memory, without and with.
 
 Six updates of each method's defaults from the base, then six from the model that a run of them ended with
-(`python compare.py --study main --task sudoku --seeds 1` first); both ways by turns, each in a process of its
-own, medians. Without: every row and every pair with an advantage is evaluated (what has none is left out in
-both).
+(`python benchmarks/compare.py --study main --task sudoku --seeds 1` first); both ways by turns, each in a
+process of its own, medians. Without: every row and every pair with an advantage is evaluated (what has none
+is left out in both).
 
 python benchmarks/tree.py            a minute or two a line; adds them to results/tree.jsonl
 python benchmarks/tree.py entropy    the share of canvases that are distinct by step, at several temperatures,
@@ -28,9 +28,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import run  # noqa: E402
-from compare import BASES, MAIN, processor, run_folder  # noqa: E402
-from models import load_model  # noqa: E402
+from benchmarks.compare import BASES, MAIN, processor, run_folder  # noqa: E402
+from plumbing import run  # noqa: E402
+from plumbing.models import load_model  # noqa: E402
 from tasks import load  # noqa: E402
 
 
@@ -89,8 +89,8 @@ def by_entropy(prompts: int = 32, G: int = 16, S: int = 8):
     for temperature in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
         gens = [common.generator("cpu", 5, "tree", i) for i in range(prompts)]
         roll = common.denoise(model, tokens, mask, gens, L=16, S=S, block=16, temperature=temperature)
-        drawn = common.per_step(roll.entropy, roll.step, S).mean(0)  # nats of a row, at each step
-        states = [common.canvas(roll, roll.step >= s) for s in range(S)]
+        drawn = common.per_step(roll.entropy, roll.revealed_at, S).mean(0)  # nats of a row, at each step
+        states = [common.canvas(roll, roll.revealed_at >= s) for s in range(S)]
         add({"temperature": temperature, "G": G, "commit": run.git_commit(),
              "nats_before": [round(nats, 2) for nats in (drawn.cumsum(0) - drawn).tolist()],
              "distinct": [round(len(common.distinct(x)[0]) / len(x), 3) for x in states]})

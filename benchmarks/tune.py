@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compare import BASES, base_digest  # noqa: E402
-from run import git_commit  # noqa: E402
+from benchmarks.compare import BASES, base_digest  # noqa: E402
+from plumbing.run import git_commit  # noqa: E402
 from tasks import find  # noqa: E402
 
 RESULTS = ROOT / "results" / "tuning.jsonl"

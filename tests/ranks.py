@@ -1,4 +1,4 @@
-"""What test_parallel.py runs: `python ranks.py JOBS`, in one process or, under torchrun, in several.
+"""What test_plumbing_parallel.py runs: `python ranks.py JOBS`, in one process or, under torchrun, in several.
 
 A job is (mode, method, arguments of the command line). All in one process group, in turn: to start processes
 takes longer than what they do."""
@@ -7,16 +7,15 @@ import json
 import sys
 
 import torch
-from conftest import toy_task
-from test_methods import launch
+from helpers import launch, toy_task
 
 import common
-import models
-import parallel
-import run
 import tasks
+from plumbing import flags, models, parallel
+from plumbing.parallel import Replicated, Sharded
 
-PLAN, CLIP, SUMMED = models.plan, parallel.clip, parallel.summed
+PLAN, CLIP, CLIP_SHARDS, TOTAL = (
+    models.plan, Replicated.clip_gradient, Sharded.clip_gradient, Replicated.total)
 
 
 def without_room(*inputs) -> tuple[bool, bool]:
@@ -24,24 +23,24 @@ def without_room(*inputs) -> tuple[bool, bool]:
     return PLAN(*inputs)[0], False
 
 
-def averaged(network: torch.nn.Module, max_norm: float) -> float:
+def averaged(model: Replicated, max_norm: float) -> float:
     """What DistributedDataParallel does: wrong, for the normaliser is the whole batch's."""
-    for p in network.parameters():
+    for p in model.network.parameters():
         p.grad /= parallel.world()
-    return CLIP(network, max_norm)
+    return CLIP(model, max_norm)
 
 
-def not_finite(network: torch.nn.Module, max_norm: float) -> float:
+def not_finite(model: Sharded, max_norm: float) -> float:
     """In the first step, one number of one rank's shard."""
-    if parallel.rank() == 1 and not hasattr(network, "stepped"):
-        next(network.parameters()).grad.to_local()[0, 0] = torch.nan
-    network.stepped = True
-    return CLIP(network, max_norm)
+    if parallel.rank() == 1 and not hasattr(model.network, "stepped"):
+        next(model.network.parameters()).grad.to_local()[0, 0] = torch.nan
+    model.network.stepped = True
+    return CLIP_SHARDS(model, max_norm)
 
 
-def one_share(values, op: str = "sum"):
+def one_share(model: Replicated, values):
     """Scores that every rank keeps for itself."""
-    return values if isinstance(values, torch.Tensor) else SUMMED(values, op)
+    return values if isinstance(values, torch.Tensor) else TOTAL(model, values)
 
 
 def main():
@@ -50,12 +49,13 @@ def main():
         toy.test = toy.train[:7]
         return toy
 
-    run.tiny_task, tasks.find, tasks.load = lambda folder: "toy", lambda name: None, task
+    flags.tiny_task, tasks.find, tasks.load = lambda folder: "toy", lambda name: None, task
     common.LOGITS = 256  # the head in parts, each computed again in backward
     for mode, method, argv in json.loads(sys.argv[1]):
         models.plan = without_room if mode == "in step" else PLAN
-        parallel.clip = {"averaged": averaged, "not finite": not_finite}.get(mode, CLIP)
-        run.Run.summed = staticmethod(one_share if mode == "own scores" else SUMMED)
+        Replicated.clip_gradient = averaged if mode == "averaged" else CLIP
+        Sharded.clip_gradient = not_finite if mode == "not finite" else CLIP_SHARDS
+        Replicated.total = one_share if mode == "own scores" else TOTAL
         launch(method, *argv, *(["--shard"] if mode in ("whole", "in step", "not finite") else []))
 
 

@@ -10,17 +10,18 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT, Tabular, generators, offer, padded_prompts, recording, sharp_model, toy_task
-from test_egspo import as_rollout, enumerate_rollouts, relative_error
-from test_gdsd import gradient
-from test_methods import BASELINES, launch, lines
-from test_wd1 import slow_logits, up_to_eos
+from helpers import (ROOT, Tabular, evaluated, generators, offer, padded_prompts, recording,
+                      sharp_model, toy_task)
+from helpers import as_rollout, enumerate_rollouts, relative_error
+from helpers import gradient
+from helpers import BASELINES, launch, lines
+from helpers import slow_logits, up_to_eos
 
 import egspo
-import models
+from plumbing import models
 import wd1
 from baselines import diffu_grpo, espo, just_grpo
-from common import denoise
+from common import canvas, denoise
 
 T, EPS, BETA, PASSES, L = 0.7, 0.1, 0.3, 2, 8
 ADVANTAGES = [diffu_grpo.advantage, espo.advantage, lambda r, G: just_grpo.advantage(r, G, False)]
@@ -45,7 +46,8 @@ def all_tokens(model, roll) -> torch.Tensor:
     """token_logp of every valid token: (B, L)."""
     b, t = roll.valid.nonzero().T
     out = torch.zeros(roll.completion.shape, dtype=torch.float64)
-    return out.index_put((b, t), just_grpo.token_logp(model, roll[b], t, 1.0))
+    x = canvas(roll[b], torch.arange(roll.completion.shape[1]) >= t[:, None])
+    return out.index_put((b, t), just_grpo.token_logp(model, x, roll[b], t, 1.0))
 
 
 @pytest.mark.parametrize("eos_id", [None, 1])
@@ -96,6 +98,11 @@ def every_order(model, y: list[int]) -> torch.Tensor:
     return torch.stack(found)
 
 
+def elbo(model, rows, scored) -> torch.Tensor:
+    """E (M,) on the canvases that hide what is scored (M, K, L), and the tail."""
+    return espo.elbo(model, canvas(rows, scored | ~rows.valid[:, None]), rows, scored, 1.0)
+
+
 @pytest.mark.parametrize("y", [[2, 0, 2], [0, 1], [1]])
 def test_the_expected_elbo_is_exact(y):
     """Over all masks: the mean over orders of the log-likelihood in that order, a bound of their mixture."""
@@ -107,11 +114,11 @@ def test_the_expected_elbo_is_exact(y):
     noise = torch.cat([counts.repeat_interleave(6)[:, None], orders.repeat(len(counts), 1)], 1)[:, None]
     rows = roll[torch.zeros(len(noise), dtype=torch.long)]
     scored = espo.antithetic_masks(rows.valid, noise)  # every draw once, (draws, 2, 3)
-    found = espo.elbo(model, rows, scored, 1.0)
+    found = elbo(model, rows, scored)
     exact = every_order(model, y)
     torch.testing.assert_close(found.mean(), exact.mean(), atol=1e-12, rtol=0)
     assert exact.mean() <= exact.logsumexp(0) - math.log(len(exact)) + 1e-12
-    apart = torch.stack([espo.elbo(model, rows, half[:, None], 1.0) for half in scored.unbind(1)])
+    apart = torch.stack([elbo(model, rows, half[:, None]) for half in scored.unbind(1)])
     torch.testing.assert_close(apart.mean(1), exact.mean().expand(2), atol=1e-12, rtol=0)  # each half is
     if len(y) > 1:  # but a pair is less noisy; no weights, or n / l, would give another number
         assert found.var() < apart.var(1).max()
@@ -142,9 +149,9 @@ def test_diffu_grpo_at_ratio_one_has_the_gradient_of_wd1s_likelihood():
     adv = diffu_grpo.advantage(reward, 4)
     n = roll.valid.sum(1)
     weight = -adv / n
-    before = model.forwards["rows"]
+    seen = evaluated(model)
     logp = diffu_grpo.one_step_logp(model, x, roll, T)
-    assert model.forwards["rows"] - before == 3  # of 12 rows
+    assert sum(seen) == 3  # of 12 rows
     loss, _ = diffu_grpo.token_loss(logp, logp.detach(), adv, 0.2)
     found = gradient(model.network.parameters(), ((loss * roll.valid).sum(1) / n).sum())
     one = wd1.one_step_logp(model, x, roll.prompt_mask, roll.completion, T)
@@ -307,7 +314,7 @@ WRONG = {
 def saved(tmp_path, monkeypatch) -> str:
     """A model whose rows end early, drawn in fp32: before `exact`."""
     offer(monkeypatch, "toy", toy_task)
-    monkeypatch.setattr("run.plot", lambda *_: None)
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
     models.save_model(sharp_model(1.0), tmp_path / "model")
     return str(tmp_path / "model")
 
@@ -325,13 +332,13 @@ def test_an_update_has_the_gradient_of_the_loss(method, own, saved, exact, tmp_p
     right, wrong = RIGHT[name], WRONG[name]
     if own == "--grpo_norm":
         right, wrong = (just_values, token_mean), [RIGHT[name]]
-    seen = {function: [] for function in ("denoise", "reward_rows", "hide_tokens", "antithetic_masks")}
+    seen = {function: [] for function in ("roll_out", "reward_rows", "hide_tokens", "antithetic_masks")}
     for function, found in seen.items():
         if hasattr(module, function):
             monkeypatch.setattr(module, function, recording(getattr(module, function), found))
     flags = f"--updates 2 --passes {PASSES} --beta {BETA} --eps {EPS} --lr 1e-2 --budget 100 {own}"
     launch(method, "--model", saved, "--out", tmp_path / "run", *f"{SHAPE} {flags}".split())
-    assert seen["denoise"][0].valid.sum(1).unique().numel() > 2
+    assert seen["roll_out"][0].valid.sum(1).unique().numel() > 2
     assert len(seen["hide_tokens"]) == 2 * PASSES * (name == "diffu_grpo")
     model = models.load_model(saved)
     start = {k: v.clone() for k, v in model.network.state_dict().items()}
@@ -339,7 +346,7 @@ def test_an_update_has_the_gradient_of_the_loss(method, own, saved, exact, tmp_p
     def values(value, weights, u, k):
         model.network.load_state_dict(weights)
         shown = seen["hide_tokens"][PASSES * u : PASSES * (u + 1)] or seen["antithetic_masks"][u : u + 1]
-        return [value(model, seen["denoise"][u], shown, b, k) for b in range(12)]
+        return [value(model, seen["roll_out"][u], shown, b, k) for b in range(12)]
 
     updates = [row for row in lines(tmp_path / "run") if "loss" in row]
     for u in range(2):

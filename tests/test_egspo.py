@@ -1,76 +1,97 @@
-"""EGSPO: the policy-gradient theorem by exact enumeration, then each function against its slow or hand-made
-version."""
+"""EGSPO: a whole update against the formula of its docstring, the policy-gradient theorem by exact enumeration,
+then each function against its slow or hand-made version."""
 
 import itertools
-import math
 
 import pytest
 import torch
-from conftest import Tabular, offer, recording, sharp_model, toy_task
-from test_methods import launch, lines
+from helpers import (NotedRun, Tabular, as_rollout, enumerate_rollouts, exact_model, gradient,
+                     probabilities, recording, relative_error, slow_logits, toy_task)
 
 import egspo
-import models
-from common import Rollout, per_step, until_eos
-from models import save_model
-from pretrain import tiny_model
+from common import Rollout, canvas, per_step
+from plumbing.pretrain import tiny_model
 
 V = 3
 
 
-def probabilities(model, state: list[int]) -> torch.Tensor:
-    """(L, V) distribution of every position given a state, a list of tokens with the mask token where
-    hidden."""
-    return model.head(model.body(torch.tensor([state]), None))[0, :, :V].softmax(-1)
+def slow_step_logp(model, roll, b: int, s: int, temperature: float = 0.7) -> torch.Tensor:
+    """log p of what step s of row b revealed; its canvas alone in a forward, its prompt without padding."""
+    shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
+    logits = slow_logits(model, roll.prompt[b], roll.prompt_mask[b], shown)
+    logp = (logits / temperature).log_softmax(1)
+    return sum(logp[i, roll.completion[b, i]] for i in range(len(shown)) if roll.revealed_at[b, i] == s)
 
 
-def enumerate_rollouts(model, L: int, n: int, order: str, block: int):
-    """Every trajectory of the sampler as (probability with its graph, completion, step map), written from its
-    rules."""
-    S, mask = L // n, model.mask_id
+def slow_loss(
+    model, roll, logp_ref: dict, steps, taken, reward, guess_reward, baseline: str, count: int = 12 * 3 * 2,
+    temperature: float = 0.7,
+) -> torch.Tensor:
+    """The formula, a row and a step at a time: B 12, G 3, K 3, n 2; divided by B K n."""
+    total = 0.0
+    for b, k in taken.nonzero().tolist():
+        s, group = steps[b, k].item(), range(b // 3 * 3, b // 3 * 3 + 3)
+        rank = [b2 for b2 in group if taken[b2, k]]
+        same = [(b2, k2) for b2 in group for k2 in range(3) if taken[b2, k2] and steps[b2, k2] == s]
 
-    def go(probability, state, steps, s):
-        done = [b for b in range(0, L, block) if mask not in state[b : b + block]]
-        ended = any(state[i] == model.eos_id for b in done for i in range(b, b + block))
-        if s == S or ended:
-            yield probability, [model.eos_id if t == mask else t for t in state], steps
-            return
-        p = probabilities(model, state)
-        start = next(b for b in range(0, L, block) if mask in state[b : b + block])
-        hidden = [i for i in range(start, start + block) if state[i] == mask]
-        for weight, chosen in choices(p, hidden, n, order):
-            state2, steps2 = list(state), list(steps)
-            for i, token in chosen:
-                state2[i], steps2[i] = token, s
-            yield from go(probability * weight, state2, steps2, s + 1)
+        def ret(b2, k2):
+            return (reward[b2] + 0.5 * (reward[b2] - guess_reward[b2, k2])) / 1.5
 
-    yield from go(torch.ones((), dtype=torch.float64), [mask] * L, [S] * L, 0)
-
-
-def choices(p: torch.Tensor, hidden: list[int], n: int, order: str):
-    """(probability, [(position, token), ...]) of everything one step can reveal."""
-    if order == "confidence":  # positions follow from the tokens sampled everywhere
-        for tokens in itertools.product(range(V), repeat=len(hidden)):
-            sampled = list(zip(hidden, tokens, strict=True))
-            sure = sorted(sampled, key=lambda it: -p[it[0], it[1]].item())[:n]
-            yield math.prod(p[i, t] for i, t in sampled), sure
-        return
-    if order == "top_prob":
-        subsets = [sorted(hidden, key=lambda i: -p[i].max().item())[:n]]
-    else:
-        subsets = list(itertools.combinations(hidden, n))
-    for subset in subsets:
-        for tokens in itertools.product(range(V), repeat=n):
-            reveal = list(zip(subset, tokens, strict=True))
-            yield math.prod(p[i, t] for i, t in reveal) / len(subsets), reveal
+        adv = ret(b, k) - sum(ret(b2, k) for b2 in rank) / len(rank)
+        if baseline == "step":
+            R = reward[b] - sum(reward[b2] for b2 in group) / 3
+            r = guess_reward[b, k] - sum(guess_reward[at] for at in same) / len(same)
+            adv = R - r * 0.5 / 1.5
+        old = sum(roll.logp[b, i] for i in range(8) if roll.revealed_at[b, i] == s)
+        logp = slow_step_logp(model, roll, b, s, temperature)
+        ratio, d = (logp - old).exp(), logp_ref[b, s] - logp
+        gain = torch.minimum(ratio * adv, ratio.clamp(1 - 0.1, 1 + 0.2) * adv)
+        total = total + (-gain + 0.3 * (d.exp() - d - 1)) / count
+    return total
 
 
-def as_rollout(model, completions, steps, S: int) -> Rollout:
-    x, step = torch.tensor(completions), torch.tensor(steps)
-    none = torch.zeros(len(x), 0, dtype=torch.long)
-    zero = torch.zeros(x.shape, dtype=torch.float64)
-    valid = until_eos(x, model.end_ids)
-    return Rollout(none, none.bool(), x, step, zero, zero, valid, None, model.mask_id, S, 0, 0)
+@pytest.mark.parametrize("baseline", ["step", "rank"])
+def test_an_update_has_the_loss_and_the_gradient_of_the_formula(baseline, float64, monkeypatch):
+    """Two passes: the ratio is 1 in the first, the clip bites in the second. The other baseline, another
+    temperature of scoring and a mean over the kept pairs alone are rejected."""
+    seen = {name: [] for name in ("roll_out", "select_steps", "reward_rows")}
+    for name, found in seen.items():
+        monkeypatch.setattr(egspo, name, recording(getattr(egspo, name), found))
+    run = NotedRun(updates=1)
+    args = egspo.Args(prompts=4, G=3, L=8, S=4, block=4, temperature=0.7, K=3, baseline=baseline, passes=2,
+                      minibatches=1, beta=0.3, eps_lo=0.1, eps_hi=0.2, lr=1e-2, budget=200)
+    egspo.train(args, exact_model(3.0), toy_task(), run)
+    (roll,), ((steps, taken),) = seen["roll_out"], seen["select_steps"]
+    reward, guess_reward = (found[0] for found in seen["reward_rows"])
+    assert not taken.all() and len(run.steps) == 2
+    model = exact_model(3.0)
+    with torch.no_grad():
+        logp_ref = {(b, s): slow_step_logp(model, roll, b, s) for b in range(12) for s in range(4)}
+    inputs = roll, logp_ref, steps, taken, reward, guess_reward.view(12, 3)
+    other = {"rank": "step", "step": "rank"}[baseline]
+    losses = []
+    for step in run.steps:
+        model.network.load_state_dict(step.weights)
+        right = slow_loss(model, *inputs, baseline)
+        wrong = [slow_loss(model, *inputs, other), slow_loss(model, *inputs, baseline, temperature=1.0),
+                 slow_loss(model, *inputs, baseline, count=int(taken.sum()) * 2)]
+        of = [gradient(model.network.parameters(), loss) for loss in (right, *wrong)]
+        assert relative_error(of[0], step.gradient) < 1e-10
+        assert all(relative_error(found, step.gradient) > 1e-5 for found in of[1:])
+        assert step.loss == pytest.approx(right.item(), rel=1e-10)
+        losses.append(step.loss)
+    (update,) = run.logged
+    assert update["loss"] == pytest.approx(sum(losses) / 2, rel=1e-12)
+    assert update["kl"] > 0 and update["clip_frac"] > 0
+
+
+# ------------------------------------------------------------------------------ the theorem, by enumeration
+
+
+def step_logp(model, roll: Rollout, s: torch.Tensor) -> torch.Tensor:
+    """egspo.step_logp on the canvases before steps s (B,), at temperature 1."""
+    x = canvas(roll, roll.revealed_at >= s[:, None])
+    return egspo.step_logp(model, x, roll, s, 1.0)
 
 
 def gradients(order: str, L: int, n: int, block: int, eos_id: int | None = None, baseline=False):
@@ -89,18 +110,14 @@ def gradients(order: str, L: int, n: int, block: int, eos_id: int | None = None,
     exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
     total = torch.zeros((), dtype=torch.float64)
     for s in range(S):
-        rows = (roll.step == s).any(1)  # a row ended by an EOS takes no further step
+        rows = (roll.revealed_at == s).any(1)  # a row ended by an EOS takes no further step
         at = torch.full((int(rows.sum()),), s)
-        logp = egspo.step_logp(model, roll[rows], at, 1.0)
-        state = roll.completion[rows].masked_fill(roll.step[rows] >= s, model.mask_id)
+        logp = step_logp(model, roll[rows], at)
+        state = roll.completion[rows].masked_fill(roll.revealed_at[rows] >= s, model.mask_id)
         b = 3 * value[(state * code).sum(1)] if baseline else 0.0
         loss, _ = egspo.policy_loss(logp, logp.detach(), reward[rows] - b, 0.2, 0.5)
         total = total - (probability[rows].detach() * loss).sum()
     return exact, torch.autograd.grad(total, model.table)[0]
-
-
-def relative_error(exact, estimate) -> float:
-    return ((estimate - exact).norm() / exact.norm()).item()
 
 
 SHAPES = [dict(L=3, n=1, block=3), dict(L=4, n=2, block=4), dict(L=4, n=1, block=2, eos_id=1)]
@@ -132,10 +149,10 @@ def test_tokens_behind_an_eos_count_until_the_row_is_done():
     exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
     every = torch.zeros(roll.completion.shape, dtype=torch.float64)
     for s in range(4):
-        rows = (roll.step == s).any(1)
-        hidden, at = roll.step[rows] >= s, roll.step[rows] == s
+        rows = (roll.revealed_at == s).any(1)
+        hidden, at = roll.revealed_at[rows] >= s, roll.revealed_at[rows] == s
         part = roll[rows]
-        logp = egspo.score(model, egspo.canvas(part, hidden), part.prompt_mask, part.completion, at, 1.0)
+        logp = egspo.score(model, canvas(part, hidden), part.prompt_mask, part.completion, at, 1.0)
         every = every.index_add(0, rows.nonzero()[:, 0], logp)
     weight = (probability.detach() * reward)[:, None]
     right = torch.autograd.grad((weight * every).sum(), model.table, retain_graph=True)[0]
@@ -160,7 +177,7 @@ def test_fewer_steps_than_all_are_biased_and_by_how_much():
     for K in (1, 2, 3):
         chosen, kept = egspo.select_steps(roll, K, None)
         assert kept.all()
-        logp = torch.stack([egspo.step_logp(model, roll, chosen[:, k], 1.0) for k in range(K)], 1)
+        logp = torch.stack([step_logp(model, roll, chosen[:, k]) for k in range(K)], 1)
         total = ((probability.detach() * reward)[:, None] * logp).sum()
         error[K] = relative_error(exact, torch.autograd.grad(total, model.table)[0])
     assert error[3] < 1e-10
@@ -188,7 +205,7 @@ def baseline_error(baseline: str, lam: float) -> float:
     kept, taken = egspo.select_steps(roll[pairs], 3, None)
     ranked = guess_reward[pairs].gather(1, kept)
     adv = egspo.stepwise_advantage(reward[pairs], ranked, kept, taken, 2, 3, lam, baseline)
-    logp = torch.stack([egspo.step_logp(model, roll, torch.full((N,), s), 1.0) for s in range(3)], 1)
+    logp = torch.stack([step_logp(model, roll, torch.full((N,), s)) for s in range(3)], 1)
     weight = probability.detach()[pairs].view(-1, 2).prod(1).repeat_interleave(2)[:, None]
     total = (weight * adv * logp[pairs].gather(1, kept)).sum()  # two rows, each with half of the gradient
     return relative_error(exact, torch.autograd.grad(total, model.table)[0])
@@ -208,7 +225,7 @@ def test_steps_without_entropy_contribute_exactly_nothing():
         model.table[..., 1] = 2000.0  # certain: every step has entropy 0
     roll = as_rollout(model, [[1, 1, 1]], [[2, 0, 1]], 3)
     for s in range(3):
-        logp = egspo.step_logp(model, roll, torch.tensor([s]), 1.0)
+        logp = step_logp(model, roll, torch.tensor([s]))
         assert torch.autograd.grad(logp.sum(), model.table)[0].abs().max() == 0
 
 
@@ -221,7 +238,7 @@ def random_rollout(B=6, L=8, S=4, seed=0) -> Rollout:
     step[1, step[1] >= 2] = S  # this row was ended by an EOS after two steps
     entropy = torch.rand(B, L, generator=gen) * (step < S)
     x = torch.zeros(B, L, dtype=torch.long)
-    return Rollout(x[:, :0], x[:, :0].bool(), x, step, -entropy, entropy, x == 0, None, 9, S, 0, 0)
+    return Rollout(x[:, :0], x[:, :0].bool(), x, step, -entropy, entropy, x == 0, None, 9, S)
 
 
 def test_select_steps_against_loops():
@@ -230,7 +247,7 @@ def test_select_steps_against_loops():
     for b in range(6):
         mean = {}
         for s in range(4):
-            at = [i for i in range(8) if roll.step[b, i] == s]
+            at = [i for i in range(8) if roll.revealed_at[b, i] == s]
             if at:
                 mean[s] = sum(roll.entropy[b, i].item() for i in at) / len(at)
         best = sorted(mean, key=lambda s: -mean[s])[:3]
@@ -245,7 +262,7 @@ def test_select_uniform_is_uniform_and_ranked_by_entropy():
     steps, kept = egspo.select_steps(roll, 2, noise)
     share = torch.bincount(steps.flatten(), minlength=4) / 20_000
     assert kept.all() and ((share - 0.5).abs() < 5 * (0.25 / 20_000) ** 0.5).all()
-    entropy = per_step(roll.entropy, roll.step, 4).gather(1, steps)
+    entropy = per_step(roll.entropy, roll.revealed_at, 4).gather(1, steps)
     assert (entropy[:, 0] >= entropy[:, 1]).all()
 
 
@@ -306,92 +323,20 @@ def test_k3_is_an_unbiased_estimate_of_the_kl():
     assert egspo.k3(p.log(), p.log()).abs().max() == 0
 
 
-def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(tmp_path, monkeypatch):
-    save_model(tiny_model(layers=1, width=32), tmp_path / "base")
+def test_each_kept_step_is_scored_once_per_pass_and_k_of_s_cost_k_over_s(monkeypatch):
     seen, honest = [], egspo.step_logp
 
-    def spy(model, roll, s, temperature):
+    def spy(model, x, roll, s, temperature):
         if torch.is_grad_enabled():  # else it is the reference's turn
             seen.extend((tuple(row.tolist()), step) for row, step in zip(roll.logp, s.tolist(), strict=True))
-        return honest(model, roll, s, temperature)
+        return honest(model, x, roll, s, temperature)
 
     monkeypatch.setattr(egspo, "step_logp", spy)
-    shape = "--prompts 4 --G 2 --S 4 --minibatches 2 --updates 1 --beta 1".split()
     for K in (2, 4):
         seen.clear()
-        out = tmp_path / f"run{K}"
-        launch("egspo", "--model", tmp_path / "base", *shape, "--K", K, "--passes", 2, "--out", out)
+        model = tiny_model(layers=1, width=32)
+        args = egspo.Args(prompts=4, G=2, S=4, minibatches=2, beta=1.0, K=K, passes=2)
+        egspo.train(args, model, toy_task(), NotedRun(updates=1))
         assert len(set(seen)) == 8 * K and all(seen.count(pair) == 2 for pair in set(seen))
-        update = lines(out)[1]
-        assert (update["nfe_update_full"], update["nfe_rollout_full"]) == (2 * 2 * 8 * K, 8 * 4)
-
-
-def slow_step_logp(model, roll, b: int, s: int) -> torch.Tensor:
-    """log p of what step s of row b revealed; its canvas alone in a forward, its prompt without padding."""
-    shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
-    x = torch.cat([roll.prompt[b, roll.prompt_mask[b]], shown])[None]
-    logp = (model.head(model.body(x, None))[0, -len(shown) :] / 0.7).log_softmax(1)
-    return sum(logp[i, roll.completion[b, i]] for i in range(len(shown)) if roll.step[b, i] == s)
-
-
-def slow_loss(model, roll, logp_ref: dict, steps, taken, reward, guess_reward, baseline: str) -> torch.Tensor:
-    """The docstring's formula, a row and a step at a time: G 3, K 3, two tokens per step."""
-    total = 0.0
-    for b, k in taken.nonzero().tolist():
-        s, group = steps[b, k].item(), range(b // 3 * 3, b // 3 * 3 + 3)
-        rank = [b2 for b2 in group if taken[b2, k]]
-        same = [(b2, k2) for b2 in group for k2 in range(3) if taken[b2, k2] and steps[b2, k2] == s]
-
-        def ret(b2, k2):
-            return (reward[b2] + 0.5 * (reward[b2] - guess_reward[b2, k2])) / 1.5
-
-        adv = ret(b, k) - sum(ret(b2, k) for b2 in rank) / len(rank)
-        if baseline == "step":
-            R = reward[b] - sum(reward[b2] for b2 in group) / 3
-            r = guess_reward[b, k] - sum(guess_reward[at] for at in same) / len(same)
-            adv = R - r * 0.5 / 1.5
-        old = sum(roll.logp[b, i] for i in range(8) if roll.step[b, i] == s)
-        logp = slow_step_logp(model, roll, b, s)
-        ratio, d = (logp - old).exp(), logp_ref[b, s] - logp
-        gain = torch.minimum(ratio * adv, ratio.clamp(1 - 0.1, 1 + 0.2) * adv)
-        total = total + (-gain + 0.3 * (d.exp() - d - 1)) / (12 * 3 * 2)
-    return total
-
-
-@pytest.fixture
-def saved(tmp_path) -> str:
-    """A model whose rows end early, drawn in fp32: before `exact`."""
-    save_model(sharp_model(3.0), tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-@pytest.mark.parametrize("baseline", ["rank", "step"])
-def test_an_update_has_the_gradient_of_the_paper(baseline, saved, exact, tmp_path, monkeypatch):
-    """Two passes in float64: the ratio is 1 in the first, the clip bites in the second."""
-    offer(monkeypatch, "toy", toy_task)
-    seen = {}
-    for name in ("denoise", "select_steps", "reward_rows"):
-        monkeypatch.setattr(egspo, name, recording(getattr(egspo, name), seen.setdefault(name, [])))
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr("run.plot", lambda *_: None)
-    shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --updates 1 --K 3"
-    flags = "--passes 2 --minibatches 1 --beta 0.3 --eps_lo 0.1 --eps_hi 0.2 --lr 1e-2 --budget 200"
-    launch("egspo", "--model", saved, "--out", tmp_path / "run",
-           *f"{shape} {flags} --eval_threshold 0 --baseline {baseline}".split())
-    (roll,), ((steps, taken),) = seen["denoise"], seen["select_steps"]
-    reward, guess_reward = (found[0] for found in seen["reward_rows"])
-    assert not taken.all()
-    model = models.load_model(saved)
-    with torch.no_grad():
-        logp_ref = {(b, s): slow_step_logp(model, roll, b, s) for b in range(12) for s in range(4)}
-    inputs = roll, logp_ref, steps, taken, reward, guess_reward.view(12, 3)
-    for grad, weights in exact:
-        model.network.load_state_dict(weights)
-        for name, same in ((baseline, True), ({"rank": "step", "step": "rank"}[baseline], False)):
-            loss = slow_loss(model, *inputs, name)
-            expected = torch.autograd.grad(loss, list(model.network.parameters()), allow_unused=True)
-            expected = torch.cat([g.flatten() for g in expected if g is not None])
-            error = (grad - expected).norm() / expected.norm()
-            assert error < 1e-10 if same else error > 1e-5
-    update = lines(tmp_path / "run")[1]
-    assert update["kl"] > 0 and update["clip_frac"] > 0
+        assert model.counts["nfe_update_full"] == 2 * 2 * 8 * K
+        assert model.counts["nfe_rollout_full"] == 8 * 4

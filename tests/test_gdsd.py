@@ -7,16 +7,16 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import Tabular, generators, offer, padded_prompts, sharp_model, toy_task
-from test_methods import launch, lines
+from helpers import Tabular, generators, offer, padded_prompts, sharp_model, toy_task
+from helpers import launch, lines
 from torch.nn.functional import cross_entropy
 
 import common
-import models
+from plumbing import models
 import gdsd
-import pretrain
-from common import Rollout, denoise, group_noise, log_prob, until_eos
-from gdsd import advantage, centred_logit, distillation_loss, mask_pairs, pair_score
+from plumbing import pretrain
+from common import Rollout, canvas, denoise, group_noise, log_prob, until_eos
+from gdsd import advantage, centred_logit, distillation_loss, mask_pairs
 
 L, G, T = 12, 4, 0.7
 MATCHES = ["logp", "tlc"]
@@ -41,7 +41,7 @@ def tabular_rollout(model, completion) -> Rollout:
     x = torch.as_tensor(completion)
     none, zero = torch.zeros(len(x), 0, dtype=torch.long), torch.zeros(x.shape)
     valid = until_eos(x, model.end_ids)
-    return Rollout(none, none.bool(), x, torch.zeros_like(x), zero, zero, valid, None, model.mask_id, 1, 0, 0)
+    return Rollout(none, none.bool(), x, torch.zeros_like(x), zero, zero, valid, None, model.mask_id, 1)
 
 
 def draw(roll: Rollout, pairs: int, seed: int = 0) -> torch.Tensor:
@@ -49,6 +49,11 @@ def draw(roll: Rollout, pairs: int, seed: int = 0) -> torch.Tensor:
     B, width = roll.completion.shape
     noise = torch.rand(B, pairs, width + 1, generator=seeded(seed), dtype=torch.float64)
     return mask_pairs(roll.valid, noise)
+
+
+def pair_score(model, roll: Rollout, hidden: torch.Tensor, match: str, temperature: float) -> torch.Tensor:
+    """gdsd.pair_score on the canvases of the mask pairs hidden (B, 2, L)."""
+    return gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, temperature)
 
 
 def gradient(parameters, loss: torch.Tensor) -> torch.Tensor:
@@ -395,7 +400,7 @@ def run(monkeypatch, tmp_path):
     """Launch a small run from the sharp model; returns the metrics of its updates."""
     models.save_model(sharp_model(), tmp_path / "model")
     offer(monkeypatch, "toy", lambda: toy_task(("1=", "23=", "456=", "7=")))
-    monkeypatch.setattr("run.plot", lambda *_: None)  # it would take half of the time
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)  # it would take half of the time
     number = itertools.count()
 
     def go(flags: str) -> list[dict]:
@@ -429,9 +434,9 @@ def test_old_reference_and_every_pass_see_the_same_masks(run, monkeypatch, tmp_p
         return list(map(repr, rows))
 
     def note(inputs, c):
-        return len(masks), inputs[0], c.requires_grad, inputs[1:3]  # in which update, model, kind, rows
+        return len(masks), inputs[0], c.requires_grad, inputs[2:4]  # in which update, model, kind, rows
 
-    rolls = record(monkeypatch, "denoise", lambda _, roll: roll)
+    rolls = record(monkeypatch, "roll_out", lambda _, roll: roll)
     masks = record(monkeypatch, "mask_pairs", lambda inputs, hidden: (inputs[1], hidden))
     calls = record(monkeypatch, "pair_score", note)
     updates = run("--updates 2 --passes 2 --minibatches 2 --beta 0.1 --budget 200 --lr 1e-2")
@@ -470,7 +475,7 @@ def slow_advantages(model, roll) -> list[float]:
 @pytest.mark.parametrize("match", MATCHES)
 def test_a_run_computes_the_papers_loss(run, exact, monkeypatch, tmp_path, match):
     """Two updates of three passes: the scores of old, reference and policy are of different networks."""
-    rolls = record(monkeypatch, "denoise", lambda _, roll: roll)
+    rolls = record(monkeypatch, "roll_out", lambda _, roll: roll)
     masks = record(monkeypatch, "mask_pairs", lambda _, hidden: hidden)
     flags = "--prompts 2 --updates 2 --passes 3 --minibatches 1 --psi 2 --beta 0.3 --budget 100 --lr 1e-2"
     updates = run(f"--match {match} {flags}")

@@ -4,44 +4,100 @@ import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-ABOVE = [["parallel"], ["common"], ["tasks", "models", "report"], ["pretrain"], ["run"],
-         ["egspo", "rldf", "wd1", "gdsd", "compare"]]
-FLOOR = {name: floor for floor, names in enumerate(ABOVE) for name in names}
+METHODS = ("egspo", "rldf", "wd1", "gdsd")
+FOLDERS = ("plumbing", "tasks", "baselines", "benchmarks", "tests")
 
 
-def arrows(source: str) -> set[str]:
-    """The modules of ours that a file imports, inside functions too."""
+def module(file: Path) -> str:
+    """The name a file is imported by: "tasks" of tasks/__init__.py, "plumbing.run" of plumbing/run.py."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module(file): file for file in [*ROOT.glob("*.py"), *(f for folder in FOLDERS
+                                                               for f in (ROOT / folder).glob("*.py"))]}
+
+
+def arrows(tree: ast.AST, ours=frozenset(FILES)) -> set[str]:
+    """The modules of ours that a part of a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    return found & FLOOR.keys()
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}  # from plumbing import parallel
+            found |= (inside & ours) or {node.module}
+    return {name for name in found if name in ours or name.split(".")[0] in FOLDERS}
 
 
-def points_up(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """Arrows that do not lead to a lower floor: without one there is no circle either."""
-    return [(a, b) for a, found in graph.items() for b in found if FLOOR[b] >= FLOOR[a]]
+def house(name: str) -> str:
+    """What a module belongs to: "common", "a method", or its folder."""
+    first = name.split(".")[0]
+    return "a method" if first in METHODS or first == "baselines" else first
 
 
-def test_arrows_point_down():
-    graph = {name: arrows((ROOT / f"{name}.py").read_text()) for name in FLOOR.keys() - {"tasks"}}
-    graph["tasks"] = set.union(*(arrows(file.read_text()) for file in (ROOT / "tasks").glob("*.py")))
-    assert graph["tasks"] == {"common", "tasks"}  # its own files; test_task_files has their arrows
-    graph["tasks"] = {"common"}
-    assert set(FLOOR) == {file.stem for file in ROOT.glob("*.py")} | {"tasks"}
-    assert points_up(graph) == []
-    methods = [arrows(file.read_text()) for file in (ROOT / "baselines").glob("*.py")]
-    methods += [graph[method] for method in ABOVE[-1][:4]]
-    assert all(found == {"common", "run"} for found in methods)
-    bad = graph | {"common": arrows("def f():\n    from run import Run")}
-    assert points_up(bad) == [("common", "run")]
-    assert points_up(graph | {"models": arrows("import tasks")}) == [("models", "tasks")]  # no side doors
+ALLOWED = {
+    "common": set(),
+    "a method": {"common"},
+    "plumbing": {"common", "tasks", "plumbing"},
+    "tasks": {"common", "tasks"},
+}
+
+
+def wrong_arrows(name: str, source: str) -> set[str]:
+    """What a file of ours imports and may not. A method may call the plumbing when it is run as a script."""
+    tree = ast.parse(source)
+    if house(name) == "a method":
+        last = tree.body[-1]
+        assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'", name
+        assert ast.unparse(last.body[0]) == "from plumbing.run import main" and len(last.body) == 2, name
+        tree.body.pop()
+    return {found for found in arrows(tree) if house(found) not in ALLOWED[house(name)]}
+
+
+def test_arrows():
+    """common knows nothing of ours, a method common alone, and nothing knows benchmarks or tests."""
+    for name, file in FILES.items():
+        if house(name) in ALLOWED:
+            assert wrong_arrows(name, file.read_text()) == set(), name
+    script = '\nif __name__ == "__main__":\n    from plumbing.run import main\n\n    main()\n'
+    for name, source, found in [
+            ("common", "def f():\n    from plumbing import parallel", {"plumbing.parallel"}),
+            ("plumbing.models", "import benchmarks.compare", {"benchmarks.compare"}),
+            ("tasks.code", "from plumbing.run import main", {"plumbing.run"}),
+            ("egspo", "import wd1" + script, {"wd1"}),
+            ("baselines.espo", "from plumbing import parallel\nfrom common import score" + script,
+             {"plumbing.parallel"})]:
+        assert wrong_arrows(name, source) == found
+    with pytest.raises(AssertionError):
+        wrong_arrows("egspo", "from common import score")
+
+
+def test_the_root_is_the_card():
+    assert {file.stem for file in ROOT.glob("*.py")} == {"common", *METHODS}
+
+
+def without_circle(graph: dict[str, set[str]]) -> bool:
+    """Can the modules be taken away one after the other, each when it knows none of those left?"""
+    left = dict(graph)
+    while free := [name for name, found in left.items() if not found & left.keys() - {name}]:
+        for name in free:
+            del left[name]
+    return not left
+
+
+@pytest.mark.parametrize("folder", ["plumbing", "tasks"])
+def test_no_circle(folder):
+    graph = {name: arrows(ast.parse(file.read_text())) for name, file in FILES.items()
+             if house(name) == folder and name != folder}
+    assert without_circle(graph)
+    first, second = list(graph)[:2]
+    assert not without_circle(graph | {first: {second}, second: {first}})
 
 
 def test_the_gpu_benchmark_runs():
@@ -54,7 +110,8 @@ def test_the_gpu_benchmark_runs():
 
 @pytest.mark.parametrize("code, without", [
     ("from common import denoise", "tyro datasets matplotlib transformers"),
-    ("import egspo", "datasets matplotlib transformers math_verify"),
+    ("import egspo", "tyro datasets matplotlib transformers math_verify plumbing tasks"),
+    ("from plumbing.run import main", "datasets matplotlib transformers math_verify"),
 ])
 def test_what_an_import_brings(code, without):
     check = f"import sys; {code}; print(*[name for name in {without.split()} if name in sys.modules])"

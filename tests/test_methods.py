@@ -8,69 +8,17 @@ import math
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import tyro
-from conftest import offer
+from helpers import (METHODS, ROOT, SMALL, complete_lines, launch, lines, offer, same_run, script, start,
+                     wait_for_update, weights)
 
 import common
-import models
-import pretrain
-import run
 import tasks
-
-ROOT = Path(__file__).parent.parent
-BASELINES = ["baselines.diffu_grpo", "baselines.espo", "baselines.just_grpo"]
-METHODS = ["egspo", "wd1", "rldf", "gdsd", *BASELINES]
-SMALL = "--prompts 8 --G 2 --S 4 --eval_every 2 --eval_rows 64 --save_every 1 --seed 3".split()
-TIMING = {"seconds", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second",
-          "peak_memory_gib"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    """An untrained tiny model as a transformers folder: what a method does does not depend on its
-    training."""
-    path = tmp_path_factory.mktemp("model") / "untrained"
-    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
-    return str(path)
-
-
-def script(method: str) -> Path:
-    return ROOT / f"{method.replace('.', '/')}.py"
-
-
-def launch(method: str, *argv) -> float:
-    """`python method.py argv`, in this process."""
-    module = importlib.import_module(method)
-    old, sys.argv = sys.argv, [str(script(method)), *map(str, argv)]
-    try:
-        return module.train(run.parse_args(module.Args, module.METHOD, module.COUNTDOWN, module.LLM))
-    finally:
-        sys.argv = old
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def lines(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "state.pt", weights_only=True)["network"]
-
-
-def same_run(a: Path, b: Path):
-    assert lines(a) == lines(b)
-    one, two = weights(a), weights(b)
-    assert all(torch.equal(one[k], two[k]) for k in one)
-
+from plumbing import flags, models, pretrain
 
 @pytest.mark.parametrize("method", METHODS)
 def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path, with_a_gradient):
@@ -83,27 +31,6 @@ def test_four_updates_equal_two_resumed_for_two(method, folder, tmp_path, with_a
     other = tmp_path / "other-seed"
     launch(method, "--model", folder, *SMALL, "--updates", 4, "--seed", 4, "--out", other)
     assert lines(other) != lines(four)
-
-
-def start(method: str, *argv) -> subprocess.Popen:
-    """`python method.py argv` as a user starts it."""
-    command = [sys.executable, str(script(method)), *map(str, argv)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_update(out: Path, step: int, process: subprocess.Popen):
-    end = time.time() + 60
-    while time.time() < end and process.poll() is None:
-        if (out / "metrics.jsonl").exists():
-            done = [row["update"] for row in complete_lines(out / "metrics.jsonl")]
-            if done and done[-1] >= step:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"no update {step}: {process.communicate()}")
-
-
-def complete_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 def test_kill_9_then_resume_equals_never_killed(folder, tmp_path):
@@ -173,8 +100,8 @@ BAD = {
     "--prompts 0": "at least 1",
     "--prompts 9000": "8192",
     "--block 5": "multiple",
-    "--S 3": "divide",
-    "--L 32 --block 8 --S 2": "4 blocks",
+    "--S 5": "divide",
+    "--L 64 --block 8 --S 4": "8 blocks",
     "--L 64 --S 8": "64",
     "--temperature 0": "explore",
     "--updates -1": "at least 0",
@@ -208,12 +135,12 @@ BAD_OF = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_wrong_input_stops_with_one_line_and_status_2(method, folder, tmp_path, capfd):
-    for flags, allowed in (BAD | BAD_OF[method]).items():
+    for given, allowed in (BAD | BAD_OF[method]).items():
         with pytest.raises(SystemExit) as stopped:
-            launch(method, "--model", folder, "--out", tmp_path / "run", *flags.split())
+            launch(method, "--model", folder, "--out", tmp_path / "run", *given.split())
         message = capfd.readouterr().err
-        assert stopped.value.code == 2, flags
-        assert allowed in message, (flags, message)
+        assert stopped.value.code == 2, given
+        assert allowed in message, (given, message)
         assert "Traceback" not in message
     assert not (tmp_path / "run").exists()
 
@@ -251,8 +178,8 @@ def test_non_finite_gradients_are_skipped_and_three_stop_the_run(folder, tmp_pat
     monkeypatch.setattr(egspo, "reward_rows", broken)
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stopped:
-        flags = "--updates 9 --lam 0 --minibatches 1".split()
-        launch("egspo", "--model", folder, *SMALL, *flags, "--out", out)
+        argv = "--updates 9 --lam 0 --minibatches 1".split()
+        launch("egspo", "--model", folder, *SMALL, *argv, "--out", out)
     assert "not finite" in stopped.value.code  # sys.exit with a string: exit status 1
     updates = [row for row in lines(out) if "reward" in row]
     assert [row["skipped"] for row in updates] == [0, 0, 1, 2]
@@ -261,39 +188,46 @@ def test_non_finite_gradients_are_skipped_and_three_stop_the_run(folder, tmp_pat
     assert all(v.isfinite().all() for v in weights(out).values())
 
 
-def blocks(file: Path) -> dict[str, str]:
-    """What stands between `# <frozen: name>` and `# </frozen>`."""
-    return dict(re.findall(r"# <frozen: (\w+)>\n(.*?)# </frozen>", file.read_text(), re.S))
-
-
-def test_frozen_blocks_are_the_same_text():
-    first = blocks(ROOT / "egspo.py")
-    assert set(first) == {"setup"}
+def test_all_methods_start_and_end_with_the_same_text():
+    """The optimizer, the prompts of an update, and what a script calls."""
+    same = {}
     for method in METHODS:
-        assert blocks(script(method)) == first, method
+        text = script(method).read_text()
+        assert text.count("    optimizer = torch") == text.count("        # 1 Roll out: ") == 1, method
+        head = text.partition("    optimizer = torch")[2].partition("# fused")[0]
+        rollout = text.partition("        ids = draw_prompts(")[2].partition("        roll = roll_out(")[0]
+        tail = text.partition('if __name__ == "__main__":\n')[2].replace(", plusplus=PLUSPLUS", "")
+        assert head and rollout and tail.endswith("main(train, Args, SUDOKU, COUNTDOWN, LLM)\n"), method
+        same.setdefault((head, rollout, tail), []).append(method)
+    assert len(same) == 1, list(same.values())
 
 
 def test_every_setting_is_read():
     """A flag nobody reads is a lie in --help."""
-    shared = "".join((ROOT / f"{name}.py").read_text() for name in ("common", "run", "models"))
+    plumbing = "".join((ROOT / "plumbing" / f"{name}.py").read_text() for name in ("flags", "run", "models"))
+    listed = re.search(r"for name in \((.*?)\):", plumbing, re.S).group(1)  # checked by name
+
+    def unread(kind: type, name: str, read: str) -> list[str]:
+        names = [f.name for f in dataclasses.fields(kind)]
+        return [n for n in names if f"{name}.{n}" not in read and f'"{n}"' not in listed]
+
+    assert unread(flags.Flags, "settings", plumbing) == []
     for method in METHODS:
-        names = [f.name for f in dataclasses.fields(importlib.import_module(method).Args)]
-        listed = re.search(r"for name in \((.*?)\):", shared, re.S).group(1)  # checked by name
-        read = script(method).read_text() + shared
-        unread = [n for n in names if f"args.{n}" not in read and f'"{n}"' not in listed]
-        assert unread == [], method
+        read = script(method).read_text() + plumbing.replace("settings.", "args.")
+        assert unread(importlib.import_module(method).Args, "args", read) == [], method
 
 
-def test_written_commands_parse():
+def test_written_commands_parse(monkeypatch):
     """Every `python method.py ...` of the README and of the docstrings is a command line of today."""
     texts = [(ROOT / "README.md").read_text(), *(importlib.import_module(m).__doc__ for m in METHODS)]
     command = r"python ([\w/]+)\.py((?: --[\w-]+(?: (?![-#])[\w./~-]+)?)*)"
     commands = [found for text in texts for found in re.findall(command, text)]
     assert len(commands) > 10
-    for path, flags in commands:
+    for path, given in commands:
         name = path.replace("/", ".")
-        if name in METHODS and "--help" not in flags:
-            tyro.cli(importlib.import_module(name).Args, args=shlex.split(flags))
+        if name in METHODS and "--help" not in given:
+            monkeypatch.setattr(sys, "argv", [path, *shlex.split(given)])
+            flags.parse(importlib.import_module(name).Args, {})
 
 
 # ------------------------------------------------------------------------------------------------- it learns

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import datasets
 import pytest
-from conftest import ROOT, global_random_states
+from helpers import ROOT, global_random_states
 
 import tasks
 from tasks import answers, load

@@ -1,17 +1,15 @@
-"""wd1 and wd1++: the weights, the two log-likelihoods and what is drawn, each against slow loops; then whole
-runs."""
+"""wd1 and wd1++: a whole update against the formulas of the docstring; then the weights, the two
+log-likelihoods and what is drawn, each against slow loops."""
 
 import itertools
-import json
 import math
 
 import pytest
 import torch
-from conftest import TEXTS, Tabular, generators, offer, padded_prompts, sharp_model, toy_task
-from test_methods import launch
+from helpers import (TEXTS, NotedRun, Tabular, evaluated, exact_model, generators, gradient, padded_prompts,
+                     recording, relative_error, sharp_model, slow_logits, toy_task, up_to_eos)
 
 import common
-import models
 import wd1
 from common import canvas, denoise, encode, group_noise
 from wd1 import clean_predictions, draw_steps, group_weights, hide_tokens, one_step_logp
@@ -37,19 +35,6 @@ def slow_weights(rewards: list[float], psi: float, positive_only: bool) -> list[
     return [d / (sum(down) or 1) - u / sum(up) for u, d in zip(up, down, strict=True)]
 
 
-def up_to_eos(y: torch.Tensor, eos_id: int) -> range:
-    """The positions that count in one completion."""
-    tokens = y.tolist()
-    return range(tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens))
-
-
-def slow_logits(model, prompt, prompt_mask, shown) -> torch.Tensor:
-    """(L, V) of one row alone, its prompt without padding; `shown` (L,) is the completion's part of the
-    canvas."""
-    x = torch.cat([prompt[prompt_mask], shown])[None]
-    return model.head(model.body(x, None))[0, -len(shown) :]
-
-
 def slow_logp(model, prompt, prompt_mask, shown, y, temperature: float) -> torch.Tensor:
     """sum of log p(y) over hidden and valid positions, divided by the hidden share: Eq. 10, and with
     everything hidden Eq. 8."""
@@ -62,15 +47,16 @@ def slow_logp(model, prompt, prompt_mask, shown, y, temperature: float) -> torch
 
 def slow_clean_prediction(model, roll, b: int, s: int) -> torch.Tensor:
     """The greedy completion of the canvas before step s; of the row's last step, the finished row."""
-    if s == max(step for step in roll.step[b].tolist() if step < roll.S):
+    if s == max(step for step in roll.revealed_at[b].tolist() if step < roll.S):
         return roll.completion[b]
-    shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
+    shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
     best = slow_logits(model, roll.prompt[b], roll.prompt_mask[b], shown).argmax(1)
     return torch.where(shown == model.mask_id, best, shown)
 
 
 def steps_taken(roll) -> list[tuple[int, int]]:
-    return [(b, s) for b in range(len(roll.step)) for s in range(roll.S) if s in roll.step[b].tolist()]
+    revealed_at = roll.revealed_at.tolist()
+    return [(b, s) for b, row in enumerate(revealed_at) for s in range(roll.S) if s in row]
 
 
 @pytest.fixture
@@ -79,8 +65,97 @@ def in_float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def gradient(model, loss: torch.Tensor) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.network.parameters()))])
+# ---------------------------------------------------------------------------------------- a whole update
+
+
+SHAPE = dict(prompts=4, G=3, L=8, S=4, block=4, temperature=T, minibatches=1, lr=0.0, seed=4)
+
+
+@pytest.fixture
+def update(monkeypatch):
+    """Make one update that moves nothing (lr 0), in float64: the run, the model, and what was drawn."""
+    drawn = {name: [] for name in ("roll_out", "hide_tokens", "draw_steps")}
+    for name, found in drawn.items():
+        monkeypatch.setattr(wd1, name, recording(getattr(wd1, name), found))
+
+    def go(**changes):
+        model, run = exact_model(), NotedRun(updates=1)
+        seen = evaluated(model)
+        wd1.train(wd1.Args(**SHAPE | changes), model, toy_task(), run)
+        assert model.counts["nfe_rollout"] + model.counts["nfe_update"] == sum(seen)
+        return run, model, drawn
+
+    return go
+
+
+def slow_loss(model, roll, rows: list, psi: float, positive_only: bool) -> torch.Tensor:
+    """Mean over 4 prompts of sum (w- - w+) log pi. rows: (row b, prompt tokens, canvas, completion that is
+    scored) of every member."""
+    total = 0.0
+    for p in range(4):
+        members = [row for row in rows if row[0] // 3 == p]
+        rewards = []
+        for b, _, _, y in members:
+            text = "".join("=0123456789"[t - 3] for t in y[up_to_eos(y, model.eos_id)].tolist() if t >= 3)
+            prompt = {"prompt": model.tokenizer.decode(roll.prompt[b], skip_special_tokens=True)}
+            rewards.append(toy_task().reward(text, prompt)[0])
+        weights = slow_weights(rewards, psi, positive_only)
+        for weight, (b, prompt, shown, y) in zip(weights, members, strict=True):
+            total = total + weight * slow_logp(model, prompt, roll.prompt_mask[b], shown, y, T)
+    return total / 4
+
+
+@pytest.mark.parametrize("positive_only", [False, True])
+def test_an_update_of_wd1_has_the_loss_and_the_gradient_of_eq_8(update, float64, positive_only):
+    """Two passes of two minibatches, one canvas in a forward; a row costs 1/G of a forward. The whole prompt
+    shown, and the other weights, are rejected."""
+    run, model, drawn = update(psi=2.0, passes=2, minibatches=2, hide_prompt=0.5, budget=13,
+                               positive_only=positive_only)
+    (roll,), masks = drawn["roll_out"], drawn["hide_tokens"]
+    assert (model.counts["nfe_update"], model.counts["nfe_update_full"]) == (2 * 4, 2 * len(roll.prompt))
+    first = roll.revealed_at == 0
+    x = canvas(roll, roll.revealed_at >= 0)
+    sampled = common.score(model, x, roll.prompt_mask, roll.completion, first, T)
+    torch.testing.assert_close(sampled, roll.logp * first)  # rolled out at the temperature of scoring
+    assert len(masks) == 2 and not torch.equal(*masks)  # redrawn
+    last_two = (masks[0][:, -2:] == model.mask_id).tolist()
+    assert any(row != last_two[0] for row in last_two)  # every prompt has its own
+    nothing = torch.full((8,), model.mask_id)
+    assert len(run.steps) == 4
+    losses = []
+    for k, shown in enumerate(masks):
+        halves = run.steps[2 * k : 2 * k + 2]
+        found = sum(step.gradient for step in halves) / 2
+        rows = [(b, shown[b // 3], nothing, roll.completion[b]) for b in range(12)]
+        loss = slow_loss(model, roll, rows, 2.0, positive_only)
+        assert relative_error(gradient(model.network.parameters(), loss), found) < 1e-10
+        assert sum(step.loss for step in halves) / 2 == pytest.approx(loss.item(), rel=1e-10)
+        losses.append(loss.item())
+        all_shown = [(b, roll.prompt[b], nothing, roll.completion[b]) for b in range(12)]
+        for wrong in (slow_loss(model, roll, all_shown, 2.0, positive_only),
+                      slow_loss(model, roll, rows, 2.0, not positive_only)):
+            assert relative_error(gradient(model.network.parameters(), wrong), found) > 0.01
+            assert loss.item() != pytest.approx(wrong.item(), rel=1e-2)
+    assert run.logged[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-10) and abs(sum(losses)) > 0.1
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_an_update_of_plusplus_has_the_loss_and_the_gradient_of_eq_10(update, float64, K):
+    """In several forwards. Without 1 / l_s, or with the finished row scored at every step, it is rejected."""
+    run, model, drawn = update(plusplus=True, K=K, psi=2.0, passes=1, budget=182)
+    (roll,), ((steps, member),) = drawn["roll_out"], drawn["draw_steps"]
+    kept = [(b, steps[b, k].item()) for b, k in member.nonzero().tolist()]
+    assert model.counts["nfe_update"] <= model.counts["nfe_update_full"] == len(kept)
+    assert K < 4 or sorted(kept) == steps_taken(roll)
+    rows = []
+    for b, s in kept:
+        shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
+        rows.append((b, roll.prompt[b], shown, slow_clean_prediction(model, roll, b, s)))
+    loss, (step,) = slow_loss(model, roll, rows, 2.0, False), run.steps
+    assert step.loss == pytest.approx(loss.item(), rel=1e-10) and abs(loss.item()) > 0.1
+    assert relative_error(gradient(model.network.parameters(), loss), step.gradient) < 1e-10
+    of_the_row = slow_loss(model, roll, [(*row[:3], roll.completion[row[0]]) for row in rows], 2.0, False)
+    assert relative_error(gradient(model.network.parameters(), of_the_row), step.gradient) > 0.01
 
 
 # ----------------------------------------------------------------------------------------- the weights
@@ -241,16 +316,17 @@ def test_one_forward_per_prompt_equals_G_forwards(in_float64):
     completion[0, 1, 9] = model.eos_id  # a second one counts for nothing
     weight = torch.randn(3, G, generator=gen, dtype=torch.float64)
 
-    before = model.forwards["rows"]
+    seen = evaluated(model)
     together = group_logp(model, shown, prompt_mask, completion, T)
-    assert model.forwards["rows"] - before == 3
+    assert sum(seen) == 3
     nothing = torch.full((L,), model.mask_id)
     pairs = list(itertools.product(range(3), range(G)))
     apart = [slow_logp(model, shown[p], prompt_mask[p], nothing, completion[p, i], T) for p, i in pairs]
     apart = torch.stack(apart).view(3, G)
     torch.testing.assert_close(together, apart, atol=1e-10, rtol=0)
-    expected = gradient(model, (weight * apart).sum())
-    torch.testing.assert_close(gradient(model, (weight * together).sum()), expected, atol=1e-10, rtol=1e-10)
+    expected = gradient(model.network.parameters(), (weight * apart).sum())
+    found = gradient(model.network.parameters(), (weight * together).sum())
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
     wrong = [group_logp(model, prompt, prompt_mask, completion, T),  # nothing of the prompt hidden
              group_logp(model, shown, prompt_mask, completion, 1.0)]  # another temperature
@@ -315,7 +391,7 @@ def test_clean_predictions_and_one_step_logp_against_loops(in_float64):
     model = sharp_model(OFTEN, torch.float64)
     roll = rollout(model)
     b, s = torch.tensor(steps_taken(roll)).T
-    last = roll.step.masked_fill(roll.step == roll.S, -1).amax(1)
+    last = roll.revealed_at.masked_fill(roll.revealed_at == roll.S, -1).amax(1)
     early = last < roll.S - 1
     assert 0 < early.sum() < len(early)
 
@@ -327,16 +403,17 @@ def test_clean_predictions_and_one_step_logp_against_loops(in_float64):
     last_of_all = torch.where((s == roll.S - 1)[:, None], roll.completion[b], roll.guess[b, s])
     assert not torch.equal(last_of_all[early[b]], y[early[b]])  # a row that ended early has its own last step
 
-    x = canvas(roll[b], roll.step[b] >= s[:, None])
+    x = canvas(roll[b], roll.revealed_at[b] >= s[:, None])
     logp = one_step_logp(model, x, roll.prompt_mask[b], y, T)
     rows = zip(roll.prompt[b], roll.prompt_mask[b], x[:, -L:], y, strict=True)
     slow = torch.stack([torch.as_tensor(slow_logp(model, *row, T)) for row in rows])
     torch.testing.assert_close(logp, slow, atol=1e-10, rtol=0)
     weight = random_rewards(len(b)) - 0.5
-    expected = gradient(model, (weight * slow).sum())
-    torch.testing.assert_close(gradient(model, (weight * logp).sum()), expected, atol=1e-10, rtol=1e-10)
+    expected = gradient(model.network.parameters(), (weight * slow).sum())
+    found = gradient(model.network.parameters(), (weight * logp).sum())
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
-    share = (roll.step[b] >= s[:, None]).double().mean(1)
+    share = (roll.revealed_at[b] >= s[:, None]).double().mean(1)
     assert (logp * share - slow).abs().max() > 0.1  # without 1 / l_s
     behind_eos = common.score(model, x, roll.prompt_mask[b], y, x[:, -L:] == model.mask_id, T).sum(1) / share
     assert (behind_eos - slow).abs().max() > 0.1
@@ -355,7 +432,7 @@ def test_draw_steps_only_steps_taken_and_all_of_them():
             assert len(set(drawn)) == len(drawn) == min(K, len(taken))
             assert set(drawn) <= set(taken)
     steps, member = draw_steps(roll, 4, torch.zeros_like(noise))  # rand can return 0
-    assert member.sum(1).tolist() == [min(4, len(set(row) - {roll.S})) for row in roll.step.tolist()]
+    assert member.sum(1).tolist() == [min(4, len(set(row) - {roll.S})) for row in roll.revealed_at.tolist()]
 
 
 def test_draw_steps_is_uniform():
@@ -365,7 +442,7 @@ def test_draw_steps_is_uniform():
     noise = torch.rand(20_000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for count in (6, 4):
         step = torch.arange(L) // 2
-        roll.step = step.masked_fill(step >= count, roll.S).expand(20_000, L)
+        roll.revealed_at = step.masked_fill(step >= count, roll.S).expand(20_000, L)
         steps, member = draw_steps(roll, 2, noise)
         assert member.all()
         low, high = steps.sort(1).values.T
@@ -386,111 +463,12 @@ def test_plusplus_with_one_step_is_wd1_with_the_whole_prompt_shown(in_float64):
     one = group_logp(model, shown, roll.prompt_mask[::G], roll.completion.view(3, G, L), T)
     steps, member = draw_steps(roll, 1, group_noise(generators(), 3 * G, (1,)))
     assert member.all()
-    x = canvas(roll, roll.step >= steps)
+    x = canvas(roll, roll.revealed_at >= steps)
     two = one_step_logp(model, x, roll.prompt_mask, clean_predictions(roll, steps)[:, 0], T).view(3, G)
     torch.testing.assert_close(two, one, atol=1e-10, rtol=0)
-    expected = gradient(model, (weight * one).sum() / 3)
-    torch.testing.assert_close(gradient(model, (weight * two).sum() / 3), expected, atol=1e-10, rtol=1e-10)
+    expected = gradient(model.network.parameters(), (weight * one).sum() / 3)
+    found = gradient(model.network.parameters(), (weight * two).sum() / 3)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
     greedy = one_step_logp(model, x, roll.prompt_mask, roll.guess[:, 0], T).view(3, G)  # y = o_i forgotten
     assert (greedy - one).abs().max() > 0.1
-
-
-# ---------------------------------------------------------------------------------------- whole runs
-
-
-def record(monkeypatch, name: str) -> list:
-    """What wd1's function of this name returns from now on."""
-    found, real = [], getattr(wd1, name)
-
-    def recording(*inputs, **options):
-        found.append(real(*inputs, **options))
-        return found[-1]
-
-    monkeypatch.setattr(wd1, name, recording)
-    return found
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Launch one update that moves nothing (lr 0): (model, metrics, what was drawn). The NFE it reports are
-    the rows evaluated for gradients."""
-    models.save_model(sharp_model(OFTEN), tmp_path / "model")
-    offer(monkeypatch, "toy", toy_task)
-    drawn = {name: record(monkeypatch, name) for name in ("denoise", "hide_tokens", "draw_steps")}
-    evaluated, real = [], common.Denoiser.body
-
-    def counting(self, x, attn):
-        evaluated.append(len(x) if torch.is_grad_enabled() else 0)
-        return real(self, x, attn)
-
-    monkeypatch.setattr(common.Denoiser, "body", counting)
-
-    def go(flags: str):
-        shape = ("--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --updates 1 --lr 0 --temperature 0.7 "
-                 "--minibatches 1")
-        launch("wd1", "--model", tmp_path / "model", "--out", tmp_path / "out", *shape.split(),
-               *flags.split())
-        rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
-        metrics = next(row for row in rows if "loss" in row)
-        assert metrics["nfe_update"] == sum(evaluated)
-        return models.load_model(str(tmp_path / "model")), metrics, drawn
-
-    return go
-
-
-def slow_loss(model, roll, rows: list, psi: float, positive_only: bool) -> torch.Tensor:
-    """Mean over 4 prompts of sum (w- - w+) log pi. rows: (row b, prompt tokens, canvas, completion that is
-    scored) of every member."""
-    total = 0.0
-    for p in range(4):
-        members = [row for row in rows if row[0] // 3 == p]
-        rewards = []
-        for b, _, _, y in members:
-            text = "".join("=0123456789"[t - 3] for t in y[up_to_eos(y, model.eos_id)].tolist() if t >= 3)
-            prompt = {"prompt": model.tokenizer.decode(roll.prompt[b], skip_special_tokens=True)}
-            rewards.append(toy_task().reward(text, prompt)[0])
-        weights = slow_weights(rewards, psi, positive_only)
-        for weight, (b, prompt, shown, y) in zip(weights, members, strict=True):
-            total = total + weight * slow_logp(model, prompt, roll.prompt_mask[b], shown, y, T)
-    return total / 4
-
-
-@pytest.mark.parametrize("positive_only", [False, True])
-def test_a_run_of_wd1_computes_the_papers_loss(run, positive_only):
-    """And scores a row for 1/G of a forward; two passes, two minibatches each, one canvas per forward."""
-    flags = "--psi 2 --passes 2 --minibatches 2 --hide_prompt 0.5 --budget 13"
-    model, metrics, drawn = run(flags + positive_only * " --positive_only")
-    (roll,), masks = drawn["denoise"], drawn["hide_tokens"]
-    first = roll.step == 0
-    sampled = common.score(model, canvas(roll, roll.step >= 0), roll.prompt_mask, roll.completion, first, T)
-    torch.testing.assert_close(sampled, roll.logp * first)  # rolled out at the temperature of scoring
-    assert metrics["nfe_update"] == 2 * 4 and metrics["nfe_update_full"] == 2 * len(roll.prompt)
-    assert len(masks) == 2 and not torch.equal(*masks)  # redrawn
-    last_two = (masks[0][:, -2:] == model.mask_id).tolist()
-    assert any(row != last_two[0] for row in last_two)  # every prompt has its own
-    nothing = torch.full((8,), model.mask_id)
-    loss = 0.0
-    for shown in masks:
-        rows = [(b, shown[b // 3], nothing, roll.completion[b]) for b in range(12)]
-        loss += slow_loss(model, roll, rows, 2.0, positive_only).item() / 2
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-4) and abs(loss) > 0.1
-    rows = [(b, roll.prompt[b], nothing, roll.completion[b]) for b in range(12)]
-    assert metrics["loss"] != pytest.approx(slow_loss(model, roll, rows, 2.0, positive_only).item(), rel=1e-2)
-
-
-@pytest.mark.parametrize("K", [2, 4])
-def test_a_run_of_plusplus_computes_the_papers_loss(run, K):
-    """Loss and length of the gradient, in several forwards."""
-    model, metrics, drawn = run(f"--plusplus --K {K} --psi 2 --passes 1 --budget 182")
-    (roll,), ((steps, member),) = drawn["denoise"], drawn["draw_steps"]
-    kept = [(b, steps[b, k].item()) for b, k in member.nonzero().tolist()]
-    assert metrics["nfe_update"] <= metrics["nfe_update_full"] == len(kept)
-    assert K < 4 or sorted(kept) == steps_taken(roll)
-    rows = []
-    for b, s in kept:
-        shown = roll.completion[b].masked_fill(roll.step[b] >= s, model.mask_id)
-        rows.append((b, roll.prompt[b], shown, slow_clean_prediction(model, roll, b, s)))
-    loss = slow_loss(model, roll, rows, 2.0, False)
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4) and abs(loss.item()) > 0.1
-    assert metrics["grad_norm"] == pytest.approx(gradient(model, loss).norm().item(), rel=1e-3)

@@ -8,20 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import checkpoints
 import pytest
 import torch
-from conftest import ROOT, sharp_model
+from helpers import LLADA_8B, ROOT, complete_lines, lines, settings, sharp_model
 from safetensors.torch import load_file
-from test_methods import complete_lines, lines
-from test_real import LLADA_8B, settings
 
-import models
-import parallel
-from common import micro_batches, score
+from common import Denoiser, micro_batches, score
+from plumbing import models, parallel
 
 # 5 groups of 3 rows and 7 held-out rows: neither two nor three divide them. Padding, EOS, two blocks.
 SMALL = ("--task toy --prompts 5 --G 3 --L 8 --S 4 --block 4 --updates 3 --budget 200 --minibatches 1 "
@@ -189,15 +187,20 @@ def of_rank(monkeypatch, rank: int, world: int):
     monkeypatch.setattr(parallel, "world", lambda: world)
 
 
+def replicated(model: Denoiser) -> parallel.Replicated:
+    """The model as each of several processes has it."""
+    return parallel.Replicated(**{field.name: getattr(model, field.name) for field in fields(Denoiser)})
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shares_are_everything_once(world, monkeypatch):
     x = torch.randint(3, (4, 3, 2), generator=torch.Generator().manual_seed(0))  # some of the 12 are equal
     pairs = torch.ones(4, 3).nonzero()
-    shares, parts = [], []
+    shares, parts, model = [], [], replicated(sharp_model())
     for rank in range(world):
         of_rank(monkeypatch, rank, world)
-        shares.append(parallel.share(5))
-        parts.append(list(micro_batches(pairs, x, 4)))  # two canvases each
+        shares.append(model.share(5))
+        parts.append(list(micro_batches(model, pairs, x, 4)))  # two canvases each
     assert [i for share in shares for i in share] == list(range(5))
     assert len({len(own) for own in parts}) == 1  # as many forwards on every rank
     all_pairs = torch.cat([part for own in parts for part in own])
@@ -212,11 +215,11 @@ def test_shares_are_everything_once(world, monkeypatch):
 @pytest.mark.parametrize("layout", ["modernbert", "dream"])
 def test_a_part_without_pairs_is_a_loss_of_0_with_a_gradient_of_0_for_every_weight(layout, tmp_path):
     checkpoints.write(layout, tmp_path)
-    model = models.load_model(str(tmp_path))
-    nothing, before = torch.zeros(0, 4, dtype=torch.long), model.forwards["rows"]
+    model = replicated(models.load_model(str(tmp_path)))
+    nothing = torch.zeros(0, 4, dtype=torch.long)
     logp = score(model, torch.zeros(0, 7, dtype=torch.long), torch.ones(0, 3, dtype=torch.bool), nothing,
                  nothing > 0, 1.0)
-    assert logp.shape == (0, 4) and model.forwards["rows"] == before
+    assert logp.shape == (0, 4) and model.counts["nfe_update"] == model.counts["nfe_update_full"] == 0
     logp.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.network.parameters())
 
@@ -232,7 +235,7 @@ def test_what_does_not_fit_one_gpu_is_sharded(have, world, flags, shards, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * 2**30))
     monkeypatch.setenv("WORLD_SIZE", str(world))
     args = settings(monkeypatch, "egspo", "--model", tmp_path, "--task", "gsm8k", "--beta", 0, *flags)
-    monkeypatch.setattr(parallel, "summed", lambda value, op: value)
+    monkeypatch.setattr(parallel, "total", lambda value, op: value)
     monkeypatch.setattr(parallel, "world", lambda: world)
     assert models.plan(args.model, args, torch.device("cuda")) == shards
     each = 29.86 / world if shards[0] else 29.86

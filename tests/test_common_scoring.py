@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import generators, padded_prompts, sharp_model
+from helpers import evaluated, generators, padded_prompts, sharp_model
 
 import common
 from common import attention, canvas, denoise, distinct, micro_batches, per_step, score
@@ -20,9 +20,9 @@ def rollout(model, **options):
 def rescored(model, roll, temperature: float) -> torch.Tensor:
     """Each token's log-prob on the canvas rebuilt before its step: (B, L)."""
     total = 0.0
-    for s in roll.step[roll.step < roll.S].unique():
-        x = canvas(roll, roll.step >= s)
-        total += score(model, x, roll.prompt_mask, roll.completion, roll.step == s, temperature)
+    for s in roll.revealed_at[roll.revealed_at < roll.S].unique():
+        x = canvas(roll, roll.revealed_at >= s)
+        total += score(model, x, roll.prompt_mask, roll.completion, roll.revealed_at == s, temperature)
     return total
 
 
@@ -39,13 +39,14 @@ def test_the_rebuilt_state_is_what_the_sampler_saw(options, monkeypatch):
     roll = rollout(model, **options)
     leaks = 0
     for s, x in enumerate(seen):
-        at_work = (roll.step == s).any(1)  # a row still at work reveals at least one token
-        assert torch.equal(canvas(roll, roll.step >= s)[at_work].unique(dim=0), x.unique(dim=0))
-        tail_visible = canvas(roll, (roll.step >= s) & (roll.step < roll.S))  # the released RLDF code
+        at_work = (roll.revealed_at == s).any(1)  # a row still at work reveals at least one token
+        assert torch.equal(canvas(roll, roll.revealed_at >= s)[at_work].unique(dim=0), x.unique(dim=0))
+        tail = roll.revealed_at == roll.S  # behind an EOS: the released RLDF code shows it
+        tail_visible = canvas(roll, (roll.revealed_at >= s) & ~tail)
         leaks += not torch.equal(tail_visible[at_work].unique(dim=0), x.unique(dim=0))
-    assert not (roll.step[roll.step < roll.S] >= len(seen)).any()
-    assert roll.step.max() == roll.S or options.get("block") == L
-    assert (leaks > 0) == (roll.step.max() == roll.S)  # that canvas gives the answer's length away
+    assert not (roll.revealed_at[roll.revealed_at < roll.S] >= len(seen)).any()
+    assert roll.revealed_at.max() == roll.S or options.get("block") == L
+    assert (leaks > 0) == (roll.revealed_at.max() == roll.S)  # that canvas gives the answer's length away
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -75,7 +76,7 @@ def test_the_head_is_not_rounded(device, monkeypatch):
     roll = denoise(model, prompt, mask, gens, L=L, S=S, block=BLOCK)
     with torch.no_grad():
         assert (rescored(model, roll, 1.0) - roll.logp).abs().max() < 2e-3
-        h = model.body(canvas(roll, roll.step >= 0), attention(mask, L))
+        h = model.body(canvas(roll, roll.revealed_at >= 0), attention(mask, L))
         exact = model.network.decoder.double()(model.network.head.double()(h.double()))[..., 4:]
         model.network.float()
         assert (model.head(h)[..., 4:] - exact).abs().max() < 1e-4
@@ -91,7 +92,7 @@ def test_the_mask_token_has_no_share_in_a_log_prob():
     torch.testing.assert_close(logp, roll.logp, atol=1e-6, rtol=1e-6)
     logp.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.network.parameters())
-    x, where = canvas(roll, roll.step >= 0), roll.step == 0
+    x, where = canvas(roll, roll.revealed_at >= 0), roll.revealed_at == 0
     h = model.body(x, attention(roll.prompt_mask, L))[:, -L:]
     raw = model.network.decoder(model.network.head(h)).log_softmax(-1)  # the mask token left in
     wrong = raw.gather(2, roll.completion[..., None])[..., 0]
@@ -102,7 +103,7 @@ def test_the_mask_token_has_no_share_in_a_log_prob():
 def test_score_equals_full_logits_gathered(temperature):
     model = sharp_model()
     roll = rollout(model)
-    x = canvas(roll, roll.step >= 2)
+    x = canvas(roll, roll.revealed_at >= 2)
     where = torch.rand(x.shape[0], L, generator=torch.Generator().manual_seed(0)) < 0.4
     where[3] = False
     logits = model.head(model.body(x, attention(roll.prompt_mask, L)))[:, -L:]
@@ -122,10 +123,10 @@ def test_equal_canvases_are_evaluated_once():
     target = torch.randint(4, 14, (3 * G, L), generator=gen)
     where = torch.rand(3 * G, L, generator=gen) < 0.7
     weight = torch.randn(3 * G, L, generator=gen, dtype=torch.float64)
-    before, places, head = model.forwards["rows"], [], model.head
+    seen, places, head = evaluated(model), [], model.head
     model.head = lambda h: places.append(len(h)) or head(h)
     together = score(model, x, prompt_mask, target, where, 0.7)
-    assert model.forwards["rows"] - before == 3
+    assert sum(seen) == model.counts["nfe_update"] == 3 and model.counts["nfe_update_full"] == 3 * G
     assert places == [where.view(3, G, L).any(1).sum().item()]
     grads = torch.autograd.grad((together * weight).sum(), list(model.network.parameters()))
     apart = torch.cat([score(model, *(t[b : b + 1] for t in (x, prompt_mask, target, where)), 0.7)
@@ -167,7 +168,7 @@ def test_nothing_to_score():
 def test_padding_changes_no_score(dtype, tolerance):
     model = sharp_model(dtype=dtype)
     roll = rollout(model)
-    x, everywhere = canvas(roll, roll.step >= 3), torch.ones_like(roll.valid)
+    x, everywhere = canvas(roll, roll.revealed_at >= 3), torch.ones_like(roll.valid)
     with torch.no_grad():
         padded = score(model, x, roll.prompt_mask, roll.completion, everywhere, 1.0)
         no_mask = score(model, x, torch.ones_like(roll.prompt_mask), roll.completion, everywhere, 1.0)
@@ -185,23 +186,25 @@ def test_padding_changes_no_score(dtype, tolerance):
 def test_the_gradient_does_not_depend_on_the_budget(dtype, tolerance):
     model = sharp_model(OFTEN, dtype)
     roll = rollout(model, order="confidence", threshold=0.5)
-    b, s = (per_step(torch.ones_like(roll.logp), roll.step, roll.S) > 0).nonzero().T  # every step taken
+    count = per_step(torch.ones_like(roll.logp), roll.revealed_at, roll.S)
+    b, s = (count > 0).nonzero().T  # every step taken
     weight = torch.randn(len(b), generator=torch.Generator().manual_seed(0), dtype=dtype)
     each = roll.prompt.shape[1] + L
 
     def gradient(budget: int, global_normaliser: bool = True) -> torch.Tensor:
         model.network.zero_grad()
         pairs = torch.stack([b, s], 1)
-        states = torch.stack([canvas(roll, roll.step >= s) for s in range(roll.S)], 1)  # (B, S, P+L)
-        parts = list(micro_batches(pairs, states, budget))
+        states = torch.stack([canvas(roll, roll.revealed_at >= s) for s in range(roll.S)], 1)  # (B, S, P+L)
+        parts = list(micro_batches(model, pairs, states, budget))
         place = {tuple(pair): m for m, pair in enumerate(pairs.tolist())}
         for part in ([place[tuple(pair)] for pair in part.tolist()] for part in parts):
             row, step = roll[b[part]], s[part][:, None]
-            revealed = row.step == step
-            logp = score(model, canvas(row, row.step >= step), row.prompt_mask, row.completion, revealed, 1.0)
+            revealed = row.revealed_at == step
+            x = canvas(row, row.revealed_at >= step)
+            logp = score(model, x, row.prompt_mask, row.completion, revealed, 1.0)
             loss = (logp.sum(1) * weight[part]).sum() / revealed.sum().clamp(min=1) / len(parts)
             if global_normaliser:
-                loss = (logp.sum(1) * weight[part]).sum() / (roll.step < roll.S).sum()
+                loss = (logp.sum(1) * weight[part]).sum() / (roll.revealed_at < roll.S).sum()
             loss.backward()
         return torch.cat([p.grad.flatten() for p in model.network.parameters()])
 
@@ -213,35 +216,35 @@ def test_the_gradient_does_not_depend_on_the_budget(dtype, tolerance):
 
 def test_micro_batches_cover_everything_once_within_the_budget():
     """17 canvases of 10 tokens, 7 of them twice over the rows: equal ones stay together."""
-    gen = torch.Generator().manual_seed(0)
+    gen, model = torch.Generator().manual_seed(0), sharp_model()
     x = torch.rand(8, 3, 10, generator=gen)
     x[4:6] = x[:2]
     x[7, 0] = x[6, 1]
     pairs = torch.ones(8, 3).nonzero()[torch.randperm(24, generator=gen)]
     for budget, most in ((70, 7), (79, 7), (10_000, 17), (3, 1)):
-        parts = list(micro_batches(pairs, x, budget))
+        parts = list(micro_batches(model, pairs, x, budget))
         assert sorted(torch.cat(parts).tolist()) == sorted(pairs.tolist())
         held = [x[part[:, 0], part[:, 1]].unique(dim=0) for part in parts]
         assert max(map(len, held)) == most and sum(map(len, held)) == 17
-    assert list(micro_batches(pairs[:0], x, 70)) == []
+    assert list(micro_batches(model, pairs[:0], x, 70)) == []
 
 
 def test_per_step_equals_a_loop():
     roll = rollout(sharp_model(OFTEN), threshold=0.5)
     expected = torch.zeros(3 * G, roll.S)
-    for b, i in (roll.step < roll.S).nonzero().tolist():
-        expected[b, roll.step[b, i]] += roll.logp[b, i]
-    torch.testing.assert_close(per_step(roll.logp, roll.step, roll.S), expected)
-    tail = (roll.step == roll.S).float()
-    assert tail.sum() > 0 and (per_step(tail, roll.step, roll.S) == 0).all()
+    for b, i in (roll.revealed_at < roll.S).nonzero().tolist():
+        expected[b, roll.revealed_at[b, i]] += roll.logp[b, i]
+    torch.testing.assert_close(per_step(roll.logp, roll.revealed_at, roll.S), expected)
+    tail = (roll.revealed_at == roll.S).float()
+    assert tail.sum() > 0 and (per_step(tail, roll.revealed_at, roll.S) == 0).all()
 
 
 @pytest.mark.parametrize("size", [1, 5, 10**6])
 def test_logits_are_read_in_parts_and_made_again_for_backward(size, monkeypatch):
     model = sharp_model(OFTEN, torch.float64)
     roll = rollout(model, temperature=0.7)
-    where = (roll.step >= 2) & roll.valid
-    x = canvas(roll, roll.step >= 2)
+    where = (roll.revealed_at >= 2) & roll.valid
+    x = canvas(roll, roll.revealed_at >= 2)
 
     def gradient() -> tuple[torch.Tensor, torch.Tensor]:
         model.network.zero_grad()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import common
-import models
-from models import load_model
+from plumbing import models
+from plumbing.models import load_model
 
 X = torch.randint(0, 250, (2, 22), generator=torch.Generator().manual_seed(0))
 PAD = 9  # more than half a local window: some padded rows see nothing at all

@@ -11,12 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import sharp_model
-from test_methods import launch, lines
+from helpers import launch, lines, sharp_model
 
 import common
-import models
-import pretrain
+from plumbing import models
+from plumbing import pretrain
 import tasks.countdown
 
 L, BLOCK, T, PAD, EOS, MASK = 8, 4, 2.0, 0, 1, 2
@@ -59,12 +58,12 @@ def watched(monkeypatch, tmp_path, with_a_gradient):
         own_states = method in ("egspo", "rldf") and "random" not in flags or "--plusplus" in flags
         states = set()
 
-        def denoise(model, prompt, prompt_mask, gens, **options):
-            denoise = wrong.get("denoise", common.denoise)
+        def roll_out(model, prompt, prompt_mask, gens, **options):
+            roll_out = wrong.get("roll_out", common.roll_out)
             inputs.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(common.Denoiser, "body", looked_at)
-                roll = denoise(model, prompt, prompt_mask, gens, **options)
+                roll = roll_out(model, prompt, prompt_mask, gens, **options)
             states.clear()
             states.update(*map(canvases, inputs))
             opened = [state[-L:-BLOCK] for state in states if set(state[-BLOCK:]) != {MASK}]
@@ -75,7 +74,7 @@ def watched(monkeypatch, tmp_path, with_a_gradient):
             met.ends |= set(zip(padded.tolist(), ends, strict=True))
             some = roll[padded]
             for s in range(roll.S):
-                before, at = common.canvas(some, some.step >= s), some.step == s
+                before, at = common.canvas(some, some.revealed_at >= s), some.revealed_at == s
                 right = logits_unpadded(model, body, before).log_softmax(2)[at, some.completion[at]]
                 assert torch.allclose(some.logp[at].float(), right, atol=1e-3), "padding in a rollout"
             return roll
@@ -101,12 +100,12 @@ def watched(monkeypatch, tmp_path, with_a_gradient):
             met.scored[1] += (~padded).sum().item()
             return found
 
-        for name, function in dict(denoise=denoise, score=score, canvas=wrong.get("canvas")).items():
+        for name, function in dict(roll_out=roll_out, score=score, canvas=wrong.get("canvas")).items():
             if function:
                 monkeypatch.setattr(module, name, function)
         parts = {"train": problems(TRAIN), "test": problems(TEST)}
         monkeypatch.setattr(tasks.countdown, "countdown_split", lambda: parts)
-        monkeypatch.setattr("run.plot", lambda *_: None)
+        monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
         models.save_model(sharp_model(eos=4.0, task="countdown"), tmp_path / "model")
         small = f"--task countdown --prompts 4 --G 8 --minibatches 1 --temperature {T} --updates {updates}"
         launch(method, "--model", tmp_path / "model", *small.split(), *flags, "--out", tmp_path / "run")
@@ -123,16 +122,16 @@ def test_what_the_network_is_shown(command, watched):
 
 
 def tail_shown(roll, hidden):
-    tail = roll.step == roll.S
+    tail = roll.revealed_at == roll.S
     return common.canvas(roll, hidden & ~(tail[:, None] if hidden.dim() == 3 else tail))
 
 
 def deaf_to_eos(model, *inputs, **options):
-    return common.denoise(dataclasses.replace(model, end_ids=(99,)), *inputs, **options)
+    return common.roll_out(dataclasses.replace(model, end_ids=(99,)), *inputs, **options)
 
 
 def in_one_block(*inputs, **options):
-    return common.denoise(*inputs, **options | {"block": L})
+    return common.roll_out(*inputs, **options | {"block": L})
 
 
 def unmasked(x, prompt_mask, target, where):
@@ -146,8 +145,8 @@ def revealed_too_early(x, prompt_mask, target, where):
 @pytest.mark.parametrize("command", [command for command in RUNS if "tlc" not in command])
 @pytest.mark.parametrize("name, wrong, said", [
     ("canvas", tail_shown, "not a state of the sampler|shown behind an EOS|shown and scored"),
-    ("denoise", deaf_to_eos, "shown behind an EOS"),
-    ("denoise", in_one_block, "block 2 before block 1 is whole"),
+    ("roll_out", deaf_to_eos, "shown behind an EOS"),
+    ("roll_out", in_one_block, "block 2 before block 1 is whole"),
     ("score", unmasked, "attention mask"),
     ("score", revealed_too_early, "shown and scored"),
 ])
@@ -164,7 +163,7 @@ def test_a_base_learns(tmp_path, monkeypatch):
     parts = {"train": train, "validation": train, "test": problems(TEST)}
     for module in (tasks.countdown, pretrain):
         monkeypatch.setattr(module, "countdown_split", lambda: parts)
-    monkeypatch.setattr("run.plot", lambda *_: None)
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
     settings = pretrain.Settings(task="countdown", solved=1.0, careless=0.0, steps=300, batch=32, lr=3e-3,
                                  layers=1, width=64)
     models.save_model(pretrain.train(settings), tmp_path / "base")

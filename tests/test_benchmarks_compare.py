@@ -1,4 +1,4 @@
-"""compare.py: runs are made once and go on, and no number in a README is typed by hand."""
+"""benchmarks/compare.py: runs are made once and go on, and no number in a README is typed by hand."""
 
 import json
 import re
@@ -6,12 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
-import compare
-from benchmarks import tables
-from conftest import ROOT
-from models import load_model
-from pretrain import TINY
+from benchmarks import compare, tables
+from plumbing.models import load_model
+from plumbing.pretrain import TINY
 
 STUB = """
 import json, sys
@@ -79,7 +78,7 @@ def test_every_command_is_of_a_script_with_these_flags():
     assert len(set(commands)) == len(commands)
     for command in commands:
         script, *flags = command.split()
-        args = (ROOT / script).read_text() + (ROOT / "run.py").read_text()
+        args = (ROOT / script).read_text() + (ROOT / "plumbing" / "flags.py").read_text()
         for flag in (flag for flag in flags if flag.startswith("--")):
             assert re.search(rf"^    {flag[2:]}: ", args, re.MULTILINE), command
 
@@ -130,7 +129,7 @@ def test_the_readmes_hold_what_the_runs_say():
     made = compare.every_table()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         text = file.read_text()
-        assert tables.fill(text, made) == text, f"python compare.py --report rewrites {file}"
+        assert tables.fill(text, made) == text, f"python benchmarks/compare.py --report rewrites {file}"
     names = [name for file in ("README.md", "results/README.md")
              for name in re.findall(r"^<!-- ([\w ]+) -->\n", (ROOT / file).read_text(), re.MULTILINE)]
     assert set(names) - {"end"} == set(made)

@@ -5,12 +5,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import offer, recording, sharp_model, standing_in, toy_task
-from test_methods import METHODS, launch, lines
+from helpers import METHODS, launch, lines, offer, recording, sharp_model, standing_in, toy_task
 
 import common
-import models
-from run import Run
+from plumbing import models
+from plumbing.run import FolderRun
 
 OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
 SHAPE = ("--task toy --prompts 4 --G 6 --L 8 --S 4 --block 4 --updates 1 --lr 0 --temperature 0.3 "
@@ -33,29 +32,29 @@ def every_row(rows):
 def update(monkeypatch, tmp_path):
     """Launch one update; returns its rollout and rewards, the gradient of each optimizer step, and its
     metrics."""
-    monkeypatch.setattr("run.plot", lambda *_: None)
-    number, real = itertools.count(), Run.optimizer_step
+    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
+    number, real = itertools.count(), FolderRun.step
 
     def go(method: str, flags: str, shared: bool, dtype=torch.float32):
         module, seen, gradients = importlib.import_module(method), {}, []
         with monkeypatch.context() as patch:
             if not shared:
                 patch.setattr(common, "distinct", every_row)
-            for name in ("denoise", "reward_rows"):
+            for name in ("roll_out", "reward_rows"):
                 patch.setattr(module, name, recording(getattr(module, name), seen.setdefault(name, [])))
 
-            def optimizer_step(self, *inputs):
+            def step(self, *inputs):
                 gradients.append(torch.cat([p.grad.flatten() for p in self.model.network.parameters()
                                             if p.grad is not None]))
                 return real(self, *inputs)
 
-            patch.setattr(Run, "optimizer_step", optimizer_step)
+            patch.setattr(FolderRun, "step", step)
             patch.setattr(models, "load_model", lambda *_: sharp_model(OFTEN, dtype))
             patch.setattr(models, "plan", lambda *_: (False, False))
             offer(patch, "toy", toy_task)
             out = tmp_path / f"run{next(number)}"
             launch(method, *f"--model any {SHAPE} --out {out} {flags}".split())
-        return seen["denoise"][0], seen["reward_rows"][0][0], gradients, lines(out)[1]
+        return seen["roll_out"][0], seen["reward_rows"][0][0], gradients, lines(out)[1]
 
     return go
 
@@ -72,7 +71,7 @@ def test_sharing_changes_nothing(method, flags, exact, update, monkeypatch):
         apart, together = (update(method, flags, shared, dtype) for shared in (False, True))
     finally:
         torch.set_default_dtype(torch.float32)
-    for field in ("completion", "step", "valid", "guess"):
+    for field in ("completion", "revealed_at", "valid", "guess"):
         one, other = (getattr(found[0], field) for found in (apart, together))
         assert one is other is None or torch.equal(one, other), field
     assert apart[0].valid.sum(1).unique().numel() > 2  # answers of several lengths
@@ -115,4 +114,5 @@ def test_a_rollout_of_a_certain_model_is_one_row():
     prompt, prompt_mask = common.encode(model, ["12="] * 8)
     gens = [common.generator("cpu", g) for g in range(2)]
     roll = common.denoise(model, prompt, prompt_mask, gens, L=8, S=4, block=4)
-    assert (roll.completion == 7).all() and (roll.nfe, roll.nfe_full) == (2 * 4, 8 * 4)
+    assert (roll.completion == 7).all()
+    assert (model.counts["nfe_rollout"], model.counts["nfe_rollout_full"]) == (2 * 4, 8 * 4)

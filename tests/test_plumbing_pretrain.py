@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import global_random_states, padded_prompts, recording, sharp_model
+from helpers import global_random_states, padded_prompts, recording, sharp_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import pretrain
-import run
+from plumbing import pretrain
+from plumbing import run
 import wd1
 from common import Denoiser, countdown_reward
-from models import is_bidirectional, load_model, save_model
-from pretrain import (TINY, Settings, base_folder, countdown_demonstrations, sudoku_demonstrations,
+from plumbing.models import is_bidirectional, load_model, save_model
+from plumbing.pretrain import (TINY, Settings, base_folder, countdown_demonstrations, sudoku_demonstrations,
                       tiny_model, train)
 from tasks import load
 from tasks.countdown import countdown_split, countdown_tiny_row
@@ -93,8 +93,8 @@ def sudoku_checks(monkeypatch, shares: dict[str, list[float]]) -> list[tuple]:
         asked.append((kind, len(steps), weights(model)))
         return shares[kind].pop(0)
 
-    monkeypatch.setattr("pretrain.loss_of", recording(pretrain.loss_of, steps))
-    monkeypatch.setattr("pretrain.solved_share", solved_share)
+    monkeypatch.setattr("plumbing.pretrain.loss_of", recording(pretrain.loss_of, steps))
+    monkeypatch.setattr("plumbing.pretrain.solved_share", solved_share)
     return asked
 
 
@@ -150,7 +150,7 @@ def test_the_base_has_the_averaged_weights(monkeypatch):
     ("--careless 0.4 --task=countdown", "countdown", {"careless": 0.4})])
 def test_the_command_line_has_defaults_for_each_task(flags, task, said, cache, monkeypatch, capsys):
     built = []
-    monkeypatch.setattr("pretrain.train", lambda settings: built.append(settings) or train(settings))
+    monkeypatch.setattr("plumbing.pretrain.train", lambda settings: built.append(settings) or train(settings))
     small = "--steps 1 --batch 8 --layers 1 --width 32".split()
     monkeypatch.setattr("sys.argv", ["pretrain.py", *flags.split(), *small])
     pretrain.main()
@@ -175,7 +175,7 @@ def test_the_base_is_built_once_and_loads(cache, monkeypatch):
     assert global_random_states() == before
     assert list(folder.parent.iterdir()) == [folder]  # no scratch folder is left
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.train", lambda settings: pytest.fail("built a second time"))
+        patch.setattr("plumbing.pretrain.train", lambda settings: pytest.fail("built a second time"))
         assert base_folder(Settings(**SMALL)) == folder
     others = [base_folder(Settings(**SMALL | change)) for change in ({"seed": 1}, {"careless": 0.4})]
     assert len({folder, *others}) == 3
@@ -190,7 +190,7 @@ def test_model_tiny_is_the_base(cache, monkeypatch):
         small = Settings(**SMALL, task=task)
         monkeypatch.setitem(TINY, task, dataclasses.replace(TINY[task], settings=small))
         monkeypatch.setattr("sys.argv", ["wd1.py", "--task", task, "--eval_rows", "8"])
-        model, _ = run.setup(run.parse_args(wd1.Args, "wd1", wd1.COUNTDOWN, wd1.LLM))
+        model, _ = run.setup(run.parse_args(wd1.Args, "wd1", wd1.SUDOKU, wd1.COUNTDOWN, wd1.LLM)[1])
         assert torch.equal(weights(model), weights(load_model(str(base_folder(small)))))
         assert model.network.config.tiny_task == task
 
@@ -214,7 +214,7 @@ def test_a_failed_build_leaves_no_base(cache, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.save_model", disk_full)
+        patch.setattr("plumbing.pretrain.save_model", disk_full)
         with pytest.raises(OSError, match="disk full"):
             base_folder(Settings(**SMALL))
     load_model(str(base_folder(Settings(**SMALL))))
@@ -234,7 +234,7 @@ def test_the_base_does_not_depend_on_the_global_generators():
 @pytest.mark.parametrize("task, start, end", [("sudoku", 10, 5), ("countdown", 50, 25)])
 def test_pretraining_lowers_the_loss(task, start, end, monkeypatch):
     """60 steps: from a guess among the whole vocabulary to a better one than among 5 (25) tokens."""
-    monkeypatch.setattr("pretrain.solved_share", lambda *_: 0.0)
+    monkeypatch.setattr("plumbing.pretrain.solved_share", lambda *_: 0.0)
     base = train(Settings(task=task, steps=60, batch=32, layers=1, width=32, lr=1e-2))
     pairs = TINY[task].demonstrations(256, 0.0, np.random.default_rng(9))
 

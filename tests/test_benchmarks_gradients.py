@@ -33,7 +33,7 @@ def test_every_rollout_is_what_the_sampler_does(order, threshold, block):
     none = torch.zeros(20_000, 0, dtype=torch.long)
     roll = denoise(model, none, none.bool(), [generator("cpu", 1)], L=3, S=3, block=block,
                    order=order, threshold=threshold)
-    paths = torch.cat([torch.cat([part.completion, part.step], 1) for part in (every, roll)])
+    paths = torch.cat([torch.cat([part.completion, part.revealed_at], 1) for part in (every, roll)])
     _, which = distinct(paths)
     count = torch.bincount(which[len(p) :], minlength=len(p))
     assert len(count) == len(p)  # it takes no other path

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, global_random_states, sharp_model
+from helpers import ROOT, global_random_states, sharp_model
 
 from common import (countdown_reward, draw_prompts, encode, generator, reward_rows, sudoku_reward,
                     until_eos)
-from pretrain import tiny_model
+from plumbing.pretrain import tiny_model
 from tasks import load
 from tasks.countdown import (LARGEST, TARGETS, countdown_answers, countdown_chat_reward, countdown_draw,
                              countdown_split, countdown_tiny_row)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEXTS, Tabular, generators, padded_prompts, sharp_model
+from helpers import TEXTS, Tabular, generators, padded_prompts, sharp_model
 
 import common
-from common import Denoiser, denoise
+from common import Denoiser, denoise, roll_out
 
 L, S, BLOCK, G = 12, 6, 4, 4
 OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
@@ -20,6 +20,11 @@ def rollout(model, seed=0, **options):
     """3 groups of 4 rows, prompts of three lengths."""
     options = {"L": L, "S": S, "block": BLOCK} | options
     return denoise(model, *padded_prompts(model, G), generators(seed), **options)
+
+
+def nfe(model) -> tuple[int, int]:
+    """Canvases evaluated in rollouts since this was last asked, and rows that stood on them."""
+    return model.counts.pop("nfe_rollout"), model.counts.pop("nfe_rollout_full")
 
 
 def record(model, monkeypatch, method: str) -> list[torch.Tensor]:
@@ -92,8 +97,8 @@ def slow_row(model, prompt, gen, row, *, block, temperature, order, threshold):
     x = [model.eos_id if token == model.mask_id else token for token in x]
     guess += [x] * (most_steps - nfe)
     valid = [model.eos_id not in x[:i] for i in range(L)]
-    return SimpleNamespace(completion=x, step=step, logp=logp, entropy=entropy, valid=valid, guess=guess,
-                           nfe=nfe)
+    return SimpleNamespace(completion=x, revealed_at=step, logp=logp, entropy=entropy, valid=valid,
+                           guess=guess, nfe=nfe)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -105,31 +110,32 @@ def test_equals_a_slow_version(order, threshold, block, temperature):
     model = sharp_model(OFTEN, torch.float64)
     options = {"block": block, "temperature": temperature, "order": order, "threshold": threshold}
     roll = rollout(model, guess=True, **options)
+    made, full = nfe(model)
     slow = [
         slow_row(model, roll.prompt[b][roll.prompt_mask[b]].tolist(), generators()[b // G], b % G, **options)
         for b in range(3 * G)
     ]
-    for name in ("completion", "step", "guess", "valid"):
+    for name in ("completion", "revealed_at", "guess", "valid"):
         assert getattr(roll, name).tolist() == [getattr(row, name) for row in slow], name
     for name in ("logp", "entropy"):
         expected = torch.tensor([getattr(row, name) for row in slow], dtype=torch.float64)
         torch.testing.assert_close(getattr(roll, name), expected, atol=1e-10, rtol=0)
-    assert roll.nfe < roll.nfe_full == sum(row.nfe for row in slow)
+    assert made < full == sum(row.nfe for row in slow)
     if block < L:  # the case is hard enough: rows end at different times
         assert 1 < len({row.nfe for row in slow})
-        assert (roll.step == roll.S).any()
+        assert (roll.revealed_at == roll.S).any()
 
 
 def test_the_options_matter():
     """So that a sampler which ignores one of them fails above."""
     model = sharp_model(OFTEN)
     for T in (0.0, 1.0):
-        steps = {order: rollout(model, order=order, temperature=T).step for order in
-                 ("top_prob", "confidence", "random")}
+        steps = {order: rollout(model, order=order, temperature=T).revealed_at
+                 for order in ("top_prob", "confidence", "random")}
         assert torch.equal(steps["top_prob"], steps["confidence"]) == (T == 0)
         assert not torch.equal(steps["top_prob"], steps["random"])
     assert not torch.equal(rollout(model).completion, rollout(model, seed=1).completion)
-    assert not torch.equal(rollout(model, threshold=0.5).step, rollout(model, threshold=0.9).step)
+    assert not torch.equal(*(rollout(model, threshold=p).revealed_at for p in (0.5, 0.9)))
 
 
 # ---------------------------------------------------------------------------------------------- distribution
@@ -209,7 +215,7 @@ def test_every_position_is_revealed_once_or_never_behind_a_finished_eos(order, t
     assert roll.S == (L if threshold else S)
     ended = 0
     for completion, step, logp, entropy, valid in zip(
-            roll.completion.tolist(), roll.step.tolist(), roll.logp.tolist(), roll.entropy.tolist(),
+            roll.completion.tolist(), roll.revealed_at.tolist(), roll.logp.tolist(), roll.entropy.tolist(),
             roll.valid.tolist(), strict=True):
         first_eos = completion.index(model.eos_id) if model.eos_id in completion else L
         end = min(L, (first_eos // block + 1) * block)
@@ -228,7 +234,8 @@ def test_every_position_is_revealed_once_or_never_behind_a_finished_eos(order, t
             assert set(per_step.values()) == {L // S}
     assert (ended > 0) == (block < L)
     if threshold:
-        assert len(set(torch.stack([(roll.step == s).sum(1) for s in range(4)]).flatten().tolist())) > 2
+        revealed = torch.stack([(roll.revealed_at == s).sum(1) for s in range(4)])
+        assert len(set(revealed.flatten().tolist())) > 2
 
 
 def test_the_mask_token_is_never_sampled():
@@ -257,7 +264,7 @@ def test_padding_changes_nothing(dtype, tolerance):
         short = prompt[b][prompt_mask[b]][None]
         alone = denoise(model, short, torch.ones_like(short) == 1, [], **options)
         assert torch.equal(padded.completion[b], alone.completion[0])
-        assert torch.equal(padded.step[b], alone.step[0])
+        assert torch.equal(padded.revealed_at[b], alone.revealed_at[0])
         torch.testing.assert_close(padded.logp[b], alone.logp[0], atol=tolerance, rtol=0)
     most_padded = (~prompt_mask).sum(1).argmax()
     assert (padded.logp - no_mask.logp)[most_padded].abs().max() > 0.1  # the attention mask is what does it
@@ -273,9 +280,10 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(options):
         rows = slice(g * G, (g + 1) * G)
         alone = denoise(model, prompt[rows], prompt_mask[rows], generators()[g : g + 1], **options)
         assert torch.equal(together[rows].completion, alone.completion)
-        assert torch.equal(together[rows].step, alone.step)
+        assert torch.equal(together[rows].revealed_at, alone.revealed_at)
         torch.testing.assert_close(together[rows].logp, alone.logp, atol=1e-5, rtol=0)
-    steps_taken = (together.step.masked_fill(together.step == together.S, -1).amax(1) + 1).view(3, G)
+    last = together.revealed_at.masked_fill(together.revealed_at == together.S, -1).amax(1)
+    steps_taken = (last + 1).view(3, G)
     assert (steps_taken != steps_taken[:, :1]).any()  # rows of one group finish apart
     shared = [common.generator("cpu", 0, 0)] * 3  # the tempting way: one generator for the whole batch
     assert not torch.equal(denoise(model, prompt, prompt_mask, shared, **options)[4:8].completion,
@@ -287,12 +295,13 @@ def test_nfe_counts_rows_and_guesses_are_free(threshold, monkeypatch):
     model = sharp_model(OFTEN)
     seen = record(model, monkeypatch, "body")
     roll = rollout(model, threshold=threshold)
-    assert roll.nfe == sum(len(x) for x in seen)
-    at_work = [len(set(row) - {roll.S}) for row in roll.step.tolist()]
-    assert roll.nfe < roll.nfe_full == sum(at_work) < 3 * G * roll.S
+    made, full = nfe(model)
+    assert made == sum(len(x) for x in seen)
+    at_work = [len(set(row) - {roll.S}) for row in roll.revealed_at.tolist()]
+    assert made < full == sum(at_work) < 3 * G * roll.S
     forwards = len(seen)
     with_guess = rollout(model, threshold=threshold, guess=True)
-    assert (with_guess.nfe, len(seen)) == (roll.nfe, 2 * forwards)
+    assert nfe(model) == (made, full) and len(seen) == 2 * forwards
     assert torch.equal(with_guess.completion, roll.completion) and torch.equal(with_guess.logp, roll.logp)
     assert roll.guess is None and with_guess.guess.shape == (3 * G, roll.S, L)
 
@@ -301,6 +310,7 @@ def test_nfe_counts_rows_and_guesses_are_free(threshold, monkeypatch):
 def test_a_budget_changes_nothing_but_the_size_of_the_forwards(threshold, monkeypatch):
     model = sharp_model(OFTEN)
     whole = rollout(model, threshold=threshold, guess=True)
+    made = nfe(model)
     prompt, prompt_mask = padded_prompts(model, G)
     assert not prompt_mask.all()
     seen, masks, real = [], [], model.body
@@ -314,19 +324,20 @@ def test_a_budget_changes_nothing_but_the_size_of_the_forwards(threshold, monkey
     for budget, groups in [(1, 1), (G * (prompt.shape[1] + L), 1), (2 * G * (prompt.shape[1] + L), 2)]:
         seen.clear()
         masks.clear()
-        roll = denoise(model, prompt, prompt_mask, generators(), L=L, S=S, block=BLOCK, threshold=threshold,
-                       guess=True, budget=budget)
+        roll = roll_out(model, prompt, prompt_mask, generators(), L=L, S=S, block=BLOCK, threshold=threshold,
+                        guess=True, budget=budget)
         assert max(map(len, seen)) == groups * G  # a group is never split, however small the budget
-        for field in ("prompt", "prompt_mask", "completion", "step", "valid", "guess"):
+        for field in ("prompt", "prompt_mask", "completion", "revealed_at", "valid", "guess"):
             assert torch.equal(getattr(roll, field), getattr(whole, field)), field
         for field in ("logp", "entropy"):
             torch.testing.assert_close(getattr(roll, field), getattr(whole, field), atol=1e-5, rtol=1e-5)
-        assert (roll.nfe, roll.S, roll.mask_id) == (whole.nfe, whole.S, whole.mask_id)
+        assert nfe(model) == made and (roll.S, roll.mask_id) == (whole.S, whole.mask_id)
         if groups == 1:  # each group of one prompt is cut to its own length: nothing to mask
             assert all(mask is None for mask in masks)
             assert len({x.shape[1] for x in seen}) == len(TEXTS)
-    greedy = [denoise(model, prompt, prompt_mask, [], L=L, S=S, block=BLOCK, temperature=0, budget=b)
-              for b in (None, 60)]
+    options = {"L": L, "S": S, "block": BLOCK, "temperature": 0}
+    greedy = (denoise(model, prompt, prompt_mask, [], **options),
+              roll_out(model, prompt, prompt_mask, [], **options, budget=60))
     assert torch.equal(greedy[0].completion, greedy[1].completion)
     assert len(seen[-1]) <= 60 // (prompt.shape[1] + L) < G  # without noise rows are on their own
 
@@ -340,7 +351,7 @@ def test_any_end_token_ends_an_answer():
     model.end_ids = (model.eos_id, 6)  # "2" ends an answer as well: <|eot_id|> beside <|endoftext|>
     roll = rollout(model)
     early = 0
-    for row, step in zip(roll.completion.tolist(), roll.step.tolist(), strict=True):
+    for row, step in zip(roll.completion.tolist(), roll.revealed_at.tolist(), strict=True):
         ends = [i for i, token in enumerate(row) if token in model.end_ids]
         behind = L if not ends else -(-(ends[0] + 1) // BLOCK) * BLOCK
         assert row[behind:] == [model.eos_id] * (L - behind) and set(step[behind:]) <= {S}
@@ -393,5 +404,6 @@ def test_until_eos_and_rows_of_a_rollout():
     some = torch.tensor([5, 2])
     for rows in (some, slice(3, 7), torch.arange(12) % 5 == 0):
         part = roll[rows]
-        assert torch.equal(part.step, roll.step[rows]) and torch.equal(part.guess, roll.guess[rows])
+        assert torch.equal(part.revealed_at, roll.revealed_at[rows])
+        assert torch.equal(part.guess, roll.guess[rows])
         assert (part.S, part.mask_id) == (roll.S, roll.mask_id)

@@ -15,14 +15,13 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 import torch
+from helpers import ROOT, SMALL, launch
 from checkpoints import write
-from conftest import ROOT
-from test_methods import SMALL, launch
 
 import common
-import models
-import pretrain
-import report
+from plumbing import models
+from plumbing import pretrain
+from plumbing import report
 import tasks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -96,8 +95,8 @@ def evaluation(model, texts: list[str], correct: list[float], L: int, S: int, se
     step = torch.stack([torch.randperm(L, generator=gen) // (L // S) for _ in texts])
     p = torch.rand(len(texts), L, generator=gen)
     values = torch.tensor(correct)
-    return {"completion": completion, "step": step, "logp": p.log(), "entropy": 1 - p, "reward": values,
-            "correct": values, "parse_fail": torch.zeros(len(texts))}
+    return {"completion": completion, "revealed_at": step, "logp": p.log(), "entropy": 1 - p,
+            "reward": values, "correct": values, "parse_fail": torch.zeros(len(texts))}
 
 
 def settings(L: int, S: int, task: str = "sudoku") -> SimpleNamespace:
@@ -132,7 +131,7 @@ def test_the_first_rows_of_each_kind_are_shown(boards):
     for row in data["rows"]:
         for column, held in zip(row["columns"], columns.values(), strict=True):
             i = row["row"]
-            assert column["step"] == held["step"][i].tolist()
+            assert column["step"] == held["revealed_at"][i].tolist()
             assert column["p"] == pytest.approx(held["logp"][i].exp().tolist(), abs=6e-4)
             assert column["entropy"] == pytest.approx(held["entropy"][i].tolist(), abs=6e-4)
             assert "".join(column["tokens"]) == column["text"]
@@ -160,7 +159,7 @@ def test_rows_that_stayed_solved_fill_up_and_one_column_has_two_kinds(tmp_path):
 def test_what_is_not_a_number_is_null(tmp_path):
     model, task = pretrain.tiny_model(layers=1, width=32), tasks.load("sudoku", chat=False, train=False)
     held = evaluation(model, [task.test[0]["solution"]], [1.0], 16, 8)
-    held["logp"][0, 3], held["entropy"][0, 4], held["step"][0, 5] = torch.nan, torch.inf, 8
+    held["logp"][0, 3], held["entropy"][0, 4], held["revealed_at"][0, 5] = torch.nan, torch.inf, 8
     report.trace(tmp_path / "page.html", model, task, settings(16, 8), {"now": held})
     column = page_data(tmp_path / "page.html")["rows"][0]["columns"][0]
     for name, null in {"p": {3, 5}, "entropy": {4, 5}}.items():
@@ -209,13 +208,6 @@ def test_the_readmes_picture_is_drawn_from_a_page(boards, tmp_path):
 # ------------------------------------------------------------------------------------------------------ a run
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "untrained"
-    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
-    return str(path)
-
-
 def test_a_run_shows_its_evaluations_before_and_after_also_when_resumed(folder, tmp_path, capsys):
     argv = ["--model", folder, *SMALL, "--beta", 1, "--lr", 1e-2]
     launch("egspo", *argv, "--updates", 2, "--out", tmp_path / "whole")
@@ -231,7 +223,7 @@ def test_a_run_shows_its_evaluations_before_and_after_also_when_resumed(folder, 
         reward = common.reward_rows(model, task, roll.completion, rows)[0]
         for i, row in enumerate(whole["rows"]):
             column = row["columns"][c]
-            assert column["step"] == roll.step[i].tolist() and column["reward"] == reward[i].item()
+            assert column["step"] == roll.revealed_at[i].tolist() and column["reward"] == reward[i].item()
             assert column["p"] == pytest.approx(roll.logp[i].exp().tolist(), abs=2e-3)
             assert column["tokens"] == model.tokenizer.batch_decode(roll.completion[i][:, None])
     assert whole["rows"][0]["columns"][0] != whole["rows"][0]["columns"][1]
@@ -342,7 +334,7 @@ def test_a_text_is_data_and_never_markup(tmp_path):
     rows = [{"prompt": evil, "question": evil, "answer": evil}]
     task = common.Task([], rows, lambda *_: None, lambda text, row: [evil])
     held = evaluation(model, [evil], [0.0], 512, 256)
-    held["step"][0, 300:] = 256  # behind the end
+    held["revealed_at"][0, 300:] = 256  # behind the end
     file = tmp_path / "page.html"
     report.trace(file, model, task, settings(512, 256, "gsm8k"), {evil: held})
     assert page_data(file)["rows"][0]["columns"][0]["text"] == evil

@@ -6,23 +6,15 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_methods import SMALL, launch, lines, same_run, start, wait_for_update, weights
+from helpers import SMALL, launch, lines, same_run, start, wait_for_update, weights
 
 import egspo
-import models
-import pretrain
-import run
 from common import Denoiser
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "untrained"
-    models.save_model(pretrain.tiny_model(layers=1, width=32), path)
-    return str(path)
+from plumbing import flags, models, pretrain, run
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +102,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_goes_on(folder, tmp_path, 
 
 
 def test_no_checkpoint_of_the_base(folder, tmp_path, monkeypatch):
-    saved, save = [], run.Run.save
-    monkeypatch.setattr(run.Run, "save", lambda self: saved.append(self.update) or save(self))
+    saved, save = [], run.FolderRun.save
+    monkeypatch.setattr(run.FolderRun, "save", lambda self: saved.append(self.update) or save(self))
     launch("egspo", "--model", folder, *SMALL, "--updates", 3, "--save_every", 2, "--out", tmp_path / "run")
     assert saved == [2, 3]
 
@@ -170,9 +162,9 @@ def test_model_tiny_is_refused_a_task_in_words_before_it_is_built(tmp_path, capf
 def test_a_checkpoint_is_finite_and_led_to_a_finite_update(folder, tmp_path):
     """One enormous step: the weights are finite, what is computed with them is not."""
     out = tmp_path / "run"
-    flags = "--lr 1e30 --beta 1 --minibatches 1 --save_every 1 --updates 9 --eval_every 100".split()
+    argv = "--lr 1e30 --beta 1 --minibatches 1 --save_every 1 --updates 9 --eval_every 100".split()
     with pytest.raises(SystemExit) as stopped:
-        launch("egspo", "--model", folder, *SMALL, *flags, "--out", out)
+        launch("egspo", "--model", folder, *SMALL, *argv, "--out", out)
     assert "not finite" in stopped.value.code
     if (out / "state.pt").exists():
         assert all(v.isfinite().all() for v in weights(out).values())
@@ -190,9 +182,9 @@ def test_a_run_without_one_finite_step_fails(folder, tmp_path, monkeypatch):
         return reward * math.nan, parts, texts
 
     monkeypatch.setattr(egspo, "reward_rows", broken)
-    flags = "--lam 0 --minibatches 1 --updates 2".split()
+    argv = "--lam 0 --minibatches 1 --updates 2".split()
     with pytest.raises(SystemExit) as stopped:
-        launch("egspo", "--model", folder, *SMALL, *flags, "--out", tmp_path / "run")
+        launch("egspo", "--model", folder, *SMALL, *argv, "--out", tmp_path / "run")
     assert "no optimizer step was finite" in stopped.value.code and "no checkpoint" in stopped.value.code
 
 
@@ -209,12 +201,12 @@ def test_help_shows_the_defaults_of_the_model_and_of_the_run(done, tmp_path, cap
 
 def test_the_reference_is_the_model_before_training_wherever_it_is_copied(done):
     """Run reads no weights before the loop begins."""
-    args = run.saved_args(egspo.Args, "egspo", done)
-    args.out = str(done)
-    model = models.load_model(args.model)
+    settings = SimpleNamespace(**flags.saved_settings(egspo.Args, "egspo", done))
+    settings.out = str(done)
+    model = models.load_model(settings.model)
     before = {k: v.clone() for k, v in model.network.state_dict().items()}
     optimizer = torch.optim.AdamW(model.network.parameters())
-    this = run.Run(args, "egspo", model, None, optimizer)
+    this = run.FolderRun(settings, "egspo", None)
     reference = model.frozen()
     assert isinstance(reference, Denoiser)
     assert all(torch.equal(v, before[k]) for k, v in reference.network.state_dict().items())
