@@ -77,7 +77,7 @@ def parse_args(Args: type, method: str, sudoku: dict, countdown: dict, llm: dict
                 sudoku, countdown, llm = changes
         made_for = asked.task if asked.model == "tiny" else tiny_task(asked.model)
         before = WORDS | llm if not made_for else countdown if made_for == "countdown" else sudoku
-        before |= {"saved": 0, "fingerprints": {}}
+        before = before | {"saved": 0, "fingerprints": {}}
     args, flags = parse(Args, before)
     for name in FILES:
         setattr(flags, name, absolute(name, getattr(flags, name)))

@@ -192,7 +192,7 @@ def keep_answers(
 def evaluate_only(settings: SimpleNamespace, model: Denoiser, task: Task) -> float:
     """--eval_only: print the report of the model as it is; returns the held-out accuracy."""
     out = Path(settings.out)
-    update = load_state(settings, model)["update"] if settings.resume else 0
+    update = load_checkpoint(settings, model)["update"] if settings.resume else 0
     metrics, answers, shown = evaluate(settings, model, task)
     out.mkdir(parents=True, exist_ok=True)
     keep_answers(settings, model, update, metrics, answers)
@@ -213,7 +213,7 @@ def write_trace(settings: SimpleNamespace, model: Denoiser, task: Task, update: 
         try:
             return trace(file, model, task, settings, {"before": read_shown(before, shown)} | columns)
         except Exception as error:  # of any kind: the file may hold anything
-            print(f"{before} cannot be used, trace.html shows update {update} alone: {one_line(error)}")
+            print(f"{before} cannot be read, trace.html shows update {update} alone: {one_line(error)}")
     trace(file, model, task, settings, columns)
 
 
@@ -235,22 +235,24 @@ NFE = ("nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full")  # as
 COUNTED = (*NFE, "optimizer_steps", "skipped", "seconds")  # over the whole run
 
 
-def load_state(
+def load_checkpoint(
     settings: SimpleNamespace, model: Denoiser, optimizer: torch.optim.Optimizer | None = None
 ) -> dict:
-    """Read the checkpoint of a run folder into the model and, if given, the optimizer; returns the rest. A
-    run without one is at update 0, unless it had saved one: then that is missed, and nothing is begun."""
+    """load_state() of the run's newest checkpoint. A run without one is at update 0, unless it had saved one:
+    that is missed, then, and nothing is begun."""
     file, rest = Path(settings.out) / "state.pt", {"update": 0, "counters": {}, "metrics_bytes": 0}
     if file.exists():
-        rest = read_state(file, model, optimizer)
+        rest = load_state(file.parent, model, optimizer)
     if rest["update"] < settings.saved:
-        refuse(f"{settings.out} has saved update {settings.saved}, and {file} is "
-               + (f"that of update {rest['update']}" if file.exists() else "not there") + ": put it back")
+        there = f"of update {rest['update']}" if file.exists() else "not there"
+        refuse(f"{settings.out} has saved update {settings.saved}, and {file} is {there}: put it back")
     return rest
 
 
-def read_state(file: Path, model: Denoiser, optimizer: torch.optim.Optimizer | None) -> dict:
-    """load_state() of a checkpoint that is there. Refuses what is not as it was written."""
+def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Read the checkpoint of a run folder into the model and, if given, the optimizer; returns the rest.
+    Refuses what is not as it was written."""
+    file = out / "state.pt"
     try:  # mmap: without an optimizer two thirds of the file are never in memory
         state = load_checked(file, map_location="cpu", check=parallel.rank() == 0,
                              mmap=optimizer is None or isinstance(model, parallel.Sharded))
@@ -288,6 +290,7 @@ class FolderRun(Run):
         self.counters = Counter(dict.fromkeys(COUNTED, 0))
         self.skipped_in_a_row = 0
         self.interrupted = 0.0  # when it was asked to stop
+        self.tracker = settings.track  # None once it has failed; a resumed run tries again
         self.writes = parallel.rank() == 0
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.out, os.O_RDONLY)
@@ -312,7 +315,7 @@ class FolderRun(Run):
 
     def begin(self):
         """Start the clock, in a new folder or where its checkpoint (none: the first update) left it."""
-        state = load_state(self.settings, self.model, self.optimizer)
+        state = load_checkpoint(self.settings, self.model, self.optimizer)
         self.update = self.saved = self.first = state["update"]
         self.counters.update(state["counters"])
         if self.update > self.settings.updates:
@@ -346,14 +349,15 @@ class FolderRun(Run):
         self.write_settings()
         with open(log, "ab") as file:
             file.truncate(logged)  # what was logged after the checkpoint will be logged again
-        if self.settings.track:
+        if self.tracker:
             mark = self.out / "track_id"  # not the folder's name: another run may have had it before
             if not mark.exists():
                 mark.write_text(uuid.uuid4().hex[:8])
             track_id = mark.read_text(errors="replace")
-            own = {"id": track_id, "dir": self.out} if self.settings.track == "wandb" else {}
+            own = {"id": track_id, "dir": self.out} if self.tracker == "wandb" else {}
+            config = {k: v for k, v in self.kept().items() if k != "saved"}
             self.track(lambda tracker: tracker.init(
-                project="diffusion-rl", name=f"{self.out.resolve().name}-{track_id}", config=self.kept(),
+                project="diffusion-rl", name=f"{self.out.resolve().name}-{track_id}", config=config,
                 resume="allow", **own))
 
     def kept(self) -> dict:
@@ -385,12 +389,11 @@ class FolderRun(Run):
     def track(self, tell: Callable):
         """tell(the module of --track), if there is one. A tracker that fails is left, and the run goes on."""
         try:
-            if self.settings.track and self.writes:
-                tell(importlib.import_module(self.settings.track))
+            if self.tracker and self.writes:
+                tell(importlib.import_module(self.tracker))
         except (Exception, SystemExit) as error:
-            tqdm.write(f"--track {self.settings.track} has failed, the run goes on without it: "
-                       f"{one_line(error)}")
-            self.settings.track = None
+            tqdm.write(f"--track {self.tracker} has failed, the run goes on without it: {one_line(error)}")
+            self.tracker = None
 
     def close(self):
         """Give terminal, signals, folder and tracker back."""

@@ -487,7 +487,7 @@ def test_a_damaged_before_is_told_and_left_out(name, done, tmp_path, capfd):
     launch("--resume", out, "--updates", 3)
     text = capfd.readouterr().out
     assert (out / "trace.html").stat().st_size > 10_000
-    assert ("cannot be used" in text) == (name != "gone")
+    assert ("before.pt cannot be read" in text) == (name != "gone")
 
 
 LATE = ["evals.jsonl", "curve.png", "trace.html", "model", "metrics.jsonl", "state.new", "args.json.new", "."]
