@@ -464,9 +464,9 @@ class FolderRun(Run):
         hidden = torch.full((1, self.settings.L), self.model.mask_id, device=prompt.device)
         with torch.no_grad(), self.model.rolling_out():
             h = self.model.body(torch.cat([prompt, hidden], 1), attention(prompt_mask, self.settings.L))
-            found = [self.model.head(h[:, -1]).logsumexp(-1), *self.model.network.parameters()]
-        own = [t.to_local() if hasattr(t, "to_local") else t for t in found]  # of a sharded weight
-        if parallel.total(sum(not t.isfinite().all() for t in own)):
+            predicted = self.model.head(h[:, -1]).logsumexp(-1)  # of probabilities without a NaN it is finite
+        weights = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.network.parameters()]
+        if parallel.total(sum(not t.isfinite().all() for t in [predicted, *weights])):
             if self.writes:
                 with contextlib.suppress(OSError):
                     (self.out / "state.new").unlink()
