@@ -86,7 +86,7 @@ def parse_args(Args: type, method: str, sudoku: dict, countdown: dict, llm: dict
     changed = [k for k, v in vars(settings).items() if asked.resume and k not in kept and v != before[k]]
     if changed:
         refuse(f"a resumed run keeps its {', '.join(changed)}; free to change: {', '.join(sorted(FREE))}")
-    if settings.updates < before["saved"] and not settings.eval_only:
+    if asked.resume and settings.updates < before["saved"] and not settings.eval_only:
         refuse(f"{asked.resume} has made {before['saved']} updates, and --updates {settings.updates} is the "
                "number in all")
     check(settings, method)

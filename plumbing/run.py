@@ -135,7 +135,7 @@ def longest_prompt(model: Denoiser, texts: list[str]) -> int:
     Refuses a text that the tokenizer has no tokens for."""
     longest = 0
     try:
-        for first in range(0, len(texts), 1024):  # many at once, in its threads: 2 s for 100,000 prompts
+        for first in range(0, len(texts), 1024):  # at once, in its threads: 1.5 s for all of gsm8k
             part = texts[first : first + 1024]
             if model.tokenizer.chat_template:
                 part = [chat_prompt(model, text) for text in part]

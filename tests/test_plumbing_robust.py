@@ -16,16 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT, lines, same_run
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import tasks  # noqa: E402
-from plumbing import flags, folder, models, parallel, pretrain, report, run, surroundings  # noqa: E402
+import tasks
+from plumbing import flags, folder, models, parallel, pretrain, report, run, surroundings
 
 SMALL = "--prompts 8 --G 2 --S 4 --eval_every 2 --eval_rows 16 --save_every 1 --seed 3 --beta 1".split()
-CLOCK = {"seconds", "seconds_rollout", "seconds_reward", "seconds_update", "tokens_per_second",
-         "peak_memory_gib"}
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +58,6 @@ def refused(capfd, *argv, status: int = 2, method: str = "egspo") -> str:
     message = message.split("\r")[-1].strip()
     assert stopped.value.code == status and message.startswith("error: ") and "\n" not in message, message
     return message
-
-
-def lines(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "state.pt", weights_only=True)["network"]
-
-
-def same_run(a: Path, b: Path):
-    assert lines(a) == lines(b)
-    one, two = weights(a), weights(b)
-    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.fixture(scope="module")
