@@ -543,16 +543,20 @@ def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def answer_texts(model: Denoiser, tokens: Tensor) -> list[str]:
+    """The texts of completions (B, L), each up to the token that ends it.
+
+    All other special tokens stay visible. Left out, they would join what they separate: `1<|x|>8` is not 18."""
+    ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row)) for row in tokens.tolist()]
+    return model.tokenizer.batch_decode(ids)
+
+
 def reward_rows(
     model: Denoiser, task: Task, tokens: Tensor, rows: list[dict]
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`.
-
-    Of the special tokens only the one that ends an answer is left out of its text: `1<|x|>8` is not 18."""
+    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`."""
     with model.timed("reward"):
-        ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row))
-               for row in tokens.tolist()]
-        texts = model.tokenizer.batch_decode(ids)
+        texts = answer_texts(model, tokens)
         own = [(texts[i], rows[i]) for i in model.share(len(rows))]
         if task.parallel:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine

@@ -82,6 +82,7 @@ class Args:
     lr: float = 1e-4  # learning rate (paper: 3e-5 with LoRA; full fine-tuning of an LLM: start at 1e-6)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (released: these)
     weight_decay: float = 0.01  # (released: 0.1, on LoRA's weights)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-4 of the run)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
     def __post_init__(self):
@@ -247,7 +248,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.float().sum().item() / len(batch)
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 5 Log.

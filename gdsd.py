@@ -79,6 +79,7 @@ class Args:
     lr: float = 1e-4  # learning rate (paper: 3e-6; MATH 1e-5)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (paper: the same)
     weight_decay: float = 0.01  # (paper: 0.01)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-3 of the run)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
     def __post_init__(self):
@@ -210,7 +211,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     loss.backward()
                     info["loss"] += loss.item()
                 info = model.total(info)
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 6 Log: how far c is from c_old, as the last pass found it before its own steps, and its target.

@@ -66,6 +66,7 @@ class Args:
     lr: float = 2e-4  # learning rate (paper: 1e-6)
     betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's two moments (released code: PyTorch's own)
     weight_decay: float = 0.01  # (released: 0 for LLaDA, 0.01 for Dream)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 0)
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
 
     def __post_init__(self):
@@ -228,7 +229,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     if parameter.grad is not None:
                         parameter.grad /= scored
                 info["loss"], info["kl"] = info["loss"] / scored, info["kl"] / scored
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 6 Log.

@@ -73,6 +73,7 @@ class Args:
     lr: float = 3e-5  # learning rate (paper: 3e-6 with LoRA; wd1++ 1e-6)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (wd1++ as released: 0.9, 0.999)
     weight_decay: float = 0.01  # (released: 0.1, on LoRA's weights; wd1++ 0)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-4 of the run; wd1++ 0)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2; wd1++ 1)
 
     def __post_init__(self):
@@ -177,7 +178,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     loss.backward()
                     info["loss"] += loss.item()
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 5 Log.

@@ -60,6 +60,7 @@ class Args:
     lr: float = 3e-5  # learning rate
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
     weight_decay: float = 0.01  # (released: 0.1)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-4 of the run)
     grad_norm: float = 1.0  # gradient clipping
 
     def __post_init__(self):
@@ -165,7 +166,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     info["loss"] += loss.item()
                     info["clip_frac"] += (was_clipped & valid).sum().item() / scored
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 6 Log.

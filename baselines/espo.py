@@ -59,6 +59,7 @@ class Args:
     lr: float = 1e-4  # learning rate (released: 3e-6; code 1e-6)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
     weight_decay: float = 0.01
+    warmup: int = 0  # optimizer steps until the learning rate is whole (not known)
     grad_norm: float = 1.0  # gradient clipping
 
     def __post_init__(self):
@@ -174,7 +175,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.sum().item() / len(batch)
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 6 Log.
