@@ -546,8 +546,9 @@ def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
 def answer_texts(model: Denoiser, tokens: Tensor) -> list[str]:
     """The texts of completions (B, L), each up to the token that ends it.
 
-    All other special tokens stay visible. Left out, they would join what they separate: `1<|x|>8` is not 18."""
-    ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row)) for row in tokens.tolist()]
+    All other special tokens stay visible. Left out, they would join what they separate: 1<|x|>8 is not 18."""
+    ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row))
+           for row in tokens.tolist()]
     return model.tokenizer.batch_decode(ids)
 
 

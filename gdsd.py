@@ -231,8 +231,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
-SUDOKU = dict(updates=20)
-COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=82)
+SUDOKU = dict(updates=20, eval_every=5)
+COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=40, eval_every=10)
 # Released (llada_gsm8k, commit 7c152d3): G, L, S, block, T, num_mc, mu, AdamW, clip, lr (theirs of a LoRA of
 # rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3 in this file's scale (MATH 1e-4, Countdown 3e-3).
 # Ours: 2 prompts, theirs 20; all weights; logp, theirs TLC with topk 64 and elbo; psi 10 / L and no clamp; no

@@ -56,7 +56,7 @@ class Args:
     tau: float = 1.0  # tau, temperature of the draw of steps (paper: 1)
     select: Literal["surprise", "uniform"] = "surprise"  # how steps are drawn (paper: surprise)
     masks: Literal["sequential", "random"] = "sequential"  # the sampler's states (paper), or 30 % hidden
-    p_min: float = 0.6  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
+    p_min: float = 0.0  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
     eps: float = 0.2  # clip of the ratio, used when passes > 1
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.01); 0: no reference model
 
@@ -239,8 +239,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words (LLM).
 # LLM is the released script for LLaDA and MATH throughout, full fine-tuning without warm-up included, except
 # that a rollout has 8 prompts on however many GPUs (8 on each).
-SUDOKU = dict(updates=160)
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=375)
+SUDOKU = dict(updates=80, eval_every=20)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=150)
 LLM = dict(prompts=8, G=4, L=256, S=256, block=32, minibatches=1, beta=0.01, lr=1e-6,
            weight_decay=0.0)
 
