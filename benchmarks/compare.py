@@ -44,9 +44,9 @@ MAIN = {
     "JustGRPO": "baselines/just_grpo.py",
 }
 ABLATIONS = {  # each differs from its method's line in MAIN by what is added; on Sudoku alone
-    "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order confidence",
+    "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order top_prob",
                  "--order random"],
-    "RLDF": ["--select uniform", "--p_min 0", "--masks random"],
+    "RLDF": ["--select uniform", "--p_min 0.6", "--masks random"],
     "wd1": ["--positive_only"], "wd1++": ["--positive_only"],
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }

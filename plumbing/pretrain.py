@@ -12,7 +12,7 @@ demonstrations, nor in RL's training data, nor held out; the held-out rows are o
 
 Objective (MDLM / LLaDA): hide k ~ uniform{1..L} of the L answer tokens; mean cross-entropy of the hidden.
 
-Three bases of each task are kept in plumbing/bases, because another CPU would build other weights.
+Bases are kept in plumbing/bases, because another CPU would build other weights.
 python plumbing/pretrain.py [--task countdown] [--seed 1]     builds one anew in runs/: minutes on one core
 """
 

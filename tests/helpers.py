@@ -167,7 +167,7 @@ class NotedRun(common.Run):
         super().__init__(updates)
         self.steps, self.logged = [], []
 
-    def step(self, loss: float, max_grad_norm: float) -> float:
+    def step(self, loss: float, max_grad_norm: float, warmup: int = 0) -> float:
         network = self.model.network
         self.steps.append(SimpleNamespace(
             loss=loss,
