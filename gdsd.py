@@ -176,7 +176,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         gens = [generator(model.device, args.seed, "masks", update, i) for i in ids]
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
         x = torch.stack([canvas(roll, half) for half in hidden.unbind(2)], 2)  # (B, num_mc, 2, P+L)
-        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2): row, mask pair; A = 0 holds c
+        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2): a row and a mask pair
         how = args.match, args.temperature, args.weights, args.topk
         c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
         l_ref = torch.zeros_like(c_old)

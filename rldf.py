@@ -186,26 +186,25 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     logp_old[r, k] = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
             logp_old = model.total(logp_old)  # over the processes, if there are several
 
-        # 5 Update. Without a KL, an advantage of 0 cannot move a weight.
+        # 5 Update. Without a KL, an advantage of 0 cannot move a weight; its tokens count in the normaliser.
+        asks_p = logp_old is None and args.p_min > 0  # does it take a forward to know which tokens count?
         infos = []
         for epoch in range(args.passes):
             gen = generator("cpu", args.seed, "pass", update, epoch)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 moves = (adv[batch[:, 0]] != 0) | (reference is not None)  # (M,)
-                if args.p_min <= 0 or not moves.any():  # the others need no forward: the papers' code makes it
+                if not (asks_p and moves.any()):  # what moves no weight needs no forward
                     worth_scoring(model, batch, moves, times=1)
                 if not moves.any():
                     continue
                 info = dict.fromkeys(("loss", "kl", "scored_tokens"), 0.0)
-                with torch.no_grad():  # what moves no weight counts in the normaliser all the same
+                with torch.no_grad():
                     for part in micro_batches(model, batch[~moves], x, args.budget):
                         r, k = part.unbind(1)
-                        if args.p_min <= 0:  # all hidden tokens count, whatever their probability
-                            logp = roll.logp[r]
-                        elif logp_old is None:
+                        if asks_p:
                             logp = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
-                        else:
-                            logp = logp_old[r, k]
+                        else:  # with p_min 0 any probability will do
+                            logp = roll.logp[r] if logp_old is None else logp_old[r, k]
                         m = clean_state_mask(logp.exp(), hidden[r, k], roll.valid[r], revealed[r, k],
                                              args.p_min)
                         info["scored_tokens"] += m.sum().item()

@@ -11,8 +11,9 @@ length-normalised ELBOs,
 
 with l uniform on 0 .. n and the l tokens drawn uniformly. A mask with l = 0 contributes 0. n - l is uniform
 as well, so a mask and its complement are both unbiased for the ELBO, sum over l of (1 / l) E[sum of log p];
-together they score each token exactly once. Each pass has masks of its own, under which E_old and E_ref are taken, too, before the
-first optimizer step: the noise of the masks cancels from the ratio as long as theta has not moved.
+together they score each token exactly once. Each pass has masks of its own, under which E_old and E_ref are
+taken, too, before the first optimizer step: the noise of the masks cancels from the ratio as long as theta
+has not moved.
 
 Written without the authors' code (commit b5f2dac) and later compared with it on the same inputs: the
 gradients are equal where no row has an EOS. Difference from that code: it has L in place of n and scores the
