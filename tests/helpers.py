@@ -299,8 +299,9 @@ def slow_rewards(model, roll, completions=None) -> list[float]:
     """What toy_task gives each row of a rollout, for its completion or another one."""
     found = []
     for prompt, y in zip(roll.prompt, roll.completion if completions is None else completions, strict=True):
-        kept = y[list(up_to_eos(y, model.eos_id))]
-        text, asked = (model.tokenizer.decode(t, skip_special_tokens=True) for t in (kept, prompt))
+        kept = [token for token in y[list(up_to_eos(y, model.eos_id))].tolist() if token != model.eos_id]
+        text = model.tokenizer.decode(kept)  # a [PAD] in it is read, too
+        asked = model.tokenizer.decode(prompt, skip_special_tokens=True)
         found.append(toy_task().reward(text, {"prompt": asked})[0])
     return found
 

@@ -65,4 +65,4 @@ def test_a_line_about_each_update(capsys):
         infos = [{"loss": 1.0, "grad_norm": 3.0}, {"loss": 2.0, "grad_norm": 5.0}] if update else []
         run.log({"reward": 0.25}, infos)
     assert capsys.readouterr().out.splitlines() == [
-        "update 0: reward 0.25 loss 0 grad_norm 0", "update 1: reward 0.25 loss 1.5 grad_norm 4"]
+        "update 1: reward 0.25 loss 0 grad_norm 0", "update 2: reward 0.25 loss 1.5 grad_norm 4"]

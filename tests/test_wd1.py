@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import (TEXTS, NotedRun, Tabular, evaluated, exact_model, generators, gradient, padded_prompts,
-                     recording, relative_error, sharp_model, slow_logits, toy_task, up_to_eos)
+                     recording, relative_error, sharp_model, slow_logits, slow_rewards, toy_task, up_to_eos)
 
 import common
 import wd1
@@ -97,9 +97,7 @@ def slow_loss(model, roll, rows: list, psi: float, positive_only: bool) -> torch
         members = [row for row in rows if row[0] // 3 == p]
         rewards = []
         for b, _, _, y in members:
-            text = "".join("=0123456789"[t - 3] for t in y[up_to_eos(y, model.eos_id)].tolist() if t >= 3)
-            prompt = {"prompt": model.tokenizer.decode(roll.prompt[b], skip_special_tokens=True)}
-            rewards.append(toy_task().reward(text, prompt)[0])
+            rewards += slow_rewards(model, roll[b : b + 1], y[None])
         weights = slow_weights(rewards, psi, positive_only)
         for weight, (b, prompt, shown, y) in zip(weights, members, strict=True):
             total = total + weight * slow_logp(model, prompt, roll.prompt_mask[b], shown, y, T)
