@@ -18,7 +18,9 @@ l_s is the share of the completion hidden in x. A row that an EOS ended early ha
 
 Why y is sampled: a step whose y is worse than the group's mean has log pi(y | x) pushed down. If y is greedy,
 that lowers the most likely tokens whatever they are, entropy rises, and in the end the model collapses. If y
-is a sample, the push is zero on average unless the reward depends on y. `--y greedy` shows the difference.
+is a sample, the push is zero on average unless the reward depends on y; on average the update then is close
+to the gradient of the expected reward of y, with the states x as given. On Countdown, 160 updates from 18 %
+of the validation rows: sampled 48, 50 and 52 %, greedy 2 % (results/wd1plusplus.jsonl).
 
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
 already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults
@@ -31,8 +33,8 @@ with replacement, the same for all rows; tokens may be masked again. results/REA
 
 python wd1.py                          4x4 Sudoku, 32 to 38 % of the held-out boards solved in two minutes
 python wd1.py --positive_only          w+ alone imitates the group's best, and collapses
-python wd1.py --plusplus               32 to 71 %, from settings of its own (PLUSPLUS); one longer run was at
-                                       86 % after 400 updates, and collapsed after 500
+python wd1.py --plusplus               wd1++, from settings of its own (PLUSPLUS)
+python wd1.py --plusplus --task countdown --y greedy     how greedy completions make it collapse
 """
 
 import math
