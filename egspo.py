@@ -17,9 +17,9 @@ lambda) minus its mean.
 The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs three things; tests/test_egspo.py enumerates
 them all.
 
-- The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA
-  and of the released code, they depend on the sampled tokens, and the theorem fails (published since:
-  Mask-Aware Policy Gradients, arXiv 2607.15200).
+- The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA,
+  the paper and the default here, they depend on the sampled tokens, and the theorem fails (published since:
+  Mask-Aware Policy Gradients, arXiv 2607.15200). On validation rows it learns as well, or faster.
 - The kept steps stand for all: K = S; or `select` importance, which draws them in proportion to their entropy
   and weights each by the inverse of its probability (as AGRPO, ICML 2026, does); or uniform, if no EOS ends
   a row early. The K most uncertain are picked by looking at the finished row: a bias by design.
@@ -27,8 +27,8 @@ them all.
   finished.
 
 Differences from the paper: lambda is constant (the paper's lambda_t, as in the newest released code, is
-`--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); the order; full fine-tuning, no
-LoRA; several minibatches; small-batch defaults for the tiny model. Without a KL, pairs of advantage 0 are not
+`--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); full fine-tuning, no LoRA;
+several minibatches; small-batch defaults for the tiny model. Without a KL, pairs of advantage 0 are not
 evaluated, and minibatches without any other make no optimizer step (AdamW would go on by momentum and decay).
 Differences from the released code (egspo-dllm-rl at 285b165), the main ones: it samples at T 0.9 and scores
 at T 1, keeps (S, B, n, V) probabilities for the entropies alone, scores canvases one by one, and throws seven
@@ -37,7 +37,7 @@ of eight drawn prompt batches away. results/README.md has them all.
 python egspo.py                        4x4 Sudoku, 32 to 72 % of the held-out boards solved in two minutes
 python egspo.py --task countdown       expressions, 19 to 33 % in two minutes
 python egspo.py --lam 0                EGSPO without the stepwise advantage
-python egspo.py --order confidence     LLaDA's order: no theorem, and yet 32 to 79 %
+python egspo.py --order top_prob       the order for which the theorem holds
 python egspo.py --select uniform       the ablation: K random steps, 32 to 68 %
 python egspo.py --model dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1 --task gsm8k     a real one, on a 24 GB GPU
 """
@@ -62,7 +62,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    order: Literal["top_prob", "random", "confidence"] = "top_prob"  # (paper: confidence; no theorem there)
+    order: Literal["confidence", "top_prob", "random"] = "confidence"  # (paper); the theorem needs another
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; no result depends on it
 

@@ -533,7 +533,7 @@ def test_an_update_has_the_gradient_of_the_paper(variant, saved, exact, tmp_path
     shape = "--task toy --prompts 4 --G 3 --L 8 --S 4 --block 4 --temperature 0.7 --updates 1 --K 3"
     flags = "--passes 2 --minibatches 1 --beta 0.3 --eps_lo 0.1 --eps_hi 0.2 --lr 1e-2 --budget 200"
     launch("egspo", "--model", saved, "--out", tmp_path / "run",
-           *f"{shape} {flags} --eval_threshold 0 {variant}".split())
+           *f"{shape} {flags} --order top_prob --eval_threshold 0 {variant}".split())
     (roll,), ((steps, taken, *_),) = seen["roll_out"], seen[draw]
     reward, guess_reward = (found[0] for found in seen["reward_rows"])
     assert (roll.revealed_at == roll.S).any() and (draw == "draw_steps" or not taken.all())
