@@ -17,9 +17,9 @@ then (R + lambda (R - r_s)) / (1 + lambda). Look at select_steps and stepwise_ad
 The theorem behind the sum over steps is sum_s E[R grad l_s] = grad E[R]. It needs three things, all of which
 tests/test_egspo.py enumerates:
 
-- The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA
-  and of the released code, they depend on the sampled tokens, and the theorem fails (published since:
-  Mask-Aware Policy Gradients, arXiv 2607.15200).
+- The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA,
+  the paper and the default here, they depend on the sampled tokens, and the theorem fails (published since:
+  Mask-Aware Policy Gradients, arXiv 2607.15200). On validation rows it learns as well, or faster.
 - The kept steps stand for all: K = S; or `select` importance, which draws them in proportion to their entropy
   and weights each by the inverse of its probability (as AGRPO, ICML 2026, does); or uniform, if no EOS ends
   a row early. The K most uncertain are picked by looking at the finished row: a bias by design.
@@ -64,7 +64,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    order: Literal["top_prob", "random", "confidence"] = "confidence"  # (paper: this; see above)
+    order: Literal["confidence", "top_prob", "random"] = "confidence"  # (paper); the theorem needs another
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; results do not depend on it
 

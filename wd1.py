@@ -18,7 +18,9 @@ l_s is the share of the completion hidden in x. A row that an EOS ended early ha
 
 Why y is sampled: a step whose y is worse than the group's mean has log pi(y | x) pushed down. If y is greedy,
 that lowers the most likely tokens whatever they are, entropy rises, and in the end the model collapses. If y
-is a sample, the push is zero on average unless the reward depends on y. `--y greedy` shows the difference.
+is a sample, the push is zero on average unless the reward depends on y; on average the update then is close
+to the gradient of the expected reward of y, with the states x as given. On Countdown, 160 updates from 18 %
+of the validation rows: sampled 48, 50 and 52 %, greedy 2 % (results/wd1plusplus.jsonl).
 Look at group_weights and one_step_logp first.
 
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
@@ -29,6 +31,7 @@ python wd1.py                          4x4 Sudoku, WD1_SUDOKU
 python wd1.py --positive_only          w+ alone imitates its own samples
 python wd1.py --plusplus               WDPP_SUDOKU
 python wd1.py --plusplus --task countdown        WDPP_COUNTDOWN
+python wd1.py --plusplus --task countdown --y greedy     how greedy completions make it collapse
 """
 
 import math
