@@ -73,12 +73,12 @@ def test_an_update_has_the_loss_and_the_gradient_of_the_formula(variant, float64
                       minibatches=1, beta=0.3, eps_lo=0.1, eps_hi=0.2, lr=1e-2, budget=200, order="top_prob",
                       lam_schedule="linear" if "linear" in options else "constant",
                       select="importance" if "importance" in options else "entropy")
-    egspo.train(args, exact_model(3.0), toy_task(), run)
+    egspo.train(args, exact_model(1.5), toy_task(), run)
     (roll,), ((steps, taken, *_),) = seen["roll_out"], seen[draw]
     reward, guess_reward = (found[0] for found in seen["reward_rows"])
     assert (roll.revealed_at == roll.S).any() and (draw == "draw_steps" or not taken.all())
     assert len(run.steps) == 2
-    model = exact_model(3.0)
+    model = exact_model(1.5)
     with torch.no_grad():
         logp_ref = {(b, s): slow_step_logp(model, roll, b, s) for b in range(12) for s in range(4)}
     inputs = roll, logp_ref, steps, taken, reward, guess_reward.view(12, 3)
