@@ -92,7 +92,8 @@ def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, T
     count = per_step(torch.ones_like(roll.entropy), roll.revealed_at, roll.S)  # tokens revealed by each step
     entropy = per_step(roll.entropy, roll.revealed_at, roll.S) / count.clamp(min=1)
     wanted = entropy if noise is None else noise
-    chosen = wanted.masked_fill(count == 0, -1.0).topk(K).indices  # (B, K)
+    # Sorted stably: of equal entropies topk may choose one on this process and another on the next.
+    chosen = wanted.masked_fill(count == 0, -1.0).argsort(dim=1, descending=True, stable=True)[:, :K]
     by_entropy = entropy.gather(1, chosen).masked_fill(count.gather(1, chosen) == 0, -1.0)
     steps = chosen.gather(1, by_entropy.argsort(dim=1, descending=True, stable=True))
     return steps, count.gather(1, steps) > 0

@@ -1100,7 +1100,7 @@ def test_a_gpu_is_not_planned_to_the_brim(planned, monkeypatch):
     said, parts = planned("cuda")
     assert parts["reserve"] >= 0.5 + 0.1 * parts["logits"] and "reserve: " in said and "NCCL" not in said
     monkeypatch.setattr(models.parallel, "world", lambda: 2)
-    monkeypatch.setattr(models.parallel, "summed", lambda value, op: value)
+    monkeypatch.setattr(models.parallel, "total", lambda value, op: value)
     both, shared = planned("cuda")
     assert shared["reserve"] == pytest.approx(parts["reserve"] + 1, abs=0.11) and "NCCL" in both
     need = float(re.search(r"predicted peak: ([\d.]+)", both)[1])
