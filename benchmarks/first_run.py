@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,9 @@ ROOT = Path(__file__).parent.parent
 LIMITS = {"methods": 95, "small_model": 160, "large_model": 110, "sharded": 60, "tests": 45}  # seconds
 SMALL = "small" in sys.argv
 METHODS = {"egspo": "a2d-qwen3", "rldf": "llada", "gdsd": "dream", "wd1": "a2d-qwen2",
-           "baselines.diffu_grpo": "modernbert", "baselines.espo": "a2d-llama", "baselines.just_grpo": "llada"}
-RUN = ("--task gsm8k --prompts 2 --G 4 --L 16 --S 8 --block 8 --budget 600 --minibatches 1 --passes 2 "
+           "baselines.diffu_grpo": "modernbert", "baselines.espo": "a2d-llama",
+           "baselines.just_grpo": "llada"}
+RUN = ("--task gsm8k --prompts 2 --G 4 --L 8 --S 4 --block 4 --budget 600 --minibatches 1 --passes 2 "
        "--eval_rows 2 --eval_every 9 --save_every 1").split()
 
 
@@ -63,8 +65,9 @@ def say(part: str, **row):
             file.write(json.dumps(row) + "\n")
 
 
-def figure(part: str, what: str, work: Callable[[], dict]) -> dict:
-    """Say what work() found, with the peak of its memory, or why it failed; returns what it found."""
+def figure(part: str, what: str, work: Callable[[], dict], inside=None) -> dict:
+    """Say what work() finds inside a context, with the peak of its memory, or why it failed; returns what it
+    found."""
     import torch
 
     found, said, cuda = {}, io.StringIO(), torch.cuda.is_available()
@@ -72,7 +75,8 @@ def figure(part: str, what: str, work: Callable[[], dict]) -> dict:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), (
+                inside or contextlib.nullcontext()):
             found = work()
         if cuda:
             found |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -142,8 +146,9 @@ def train_and_resume(method: str, layout: str, folder: Path, *flags: str) -> dic
     helpers.launch(method, "--resume", out, "--updates", 3, *flags)
     lines = [row for row in helpers.complete_lines(out / "metrics.jsonl") if "loss" in row]
     assert [row["update"] for row in lines] == [1, 2, 3], [row["update"] for row in lines]
-    return {"layout": layout, "seconds": time.perf_counter() - began, "skipped": lines[-1]["skipped"],
-            **{k: [row[k] for row in lines] for k in ("loss", "grad_norm", "kl", "clip_frac") if k in lines[0]}}
+    seconds, logged = time.perf_counter() - began, ("loss", "grad_norm", "kl", "clip_frac", "peak_memory_gib")
+    return {"layout": layout, "seconds": seconds, "skipped": lines[-1]["skipped"],
+            **{k: [row[k] for row in lines] for k in logged if k in lines[0]}}
 
 
 # ------------------------------------------------------------------------------ what is compared with what
@@ -206,7 +211,8 @@ def head_error(model) -> dict:
             found = {"tf32": model.head(h).log_softmax(-1)}
         found["bf16"] = gpu.Naive(**vars(model)).head(h).float().log_softmax(-1)
     wrong = {name: (logp - exact).gather(-1, token).abs() for name, logp in found.items()}
-    return {f"{name}_{k}": getattr(value, k)().item() for name, value in wrong.items() for k in ("mean", "max")}
+    return {f"{name}_{of}": getattr(value, of)().item() for name, value in wrong.items()
+            for of in ("mean", "max")}
 
 
 @contextlib.contextmanager
@@ -265,39 +271,30 @@ def cast_once(model):
     return dataclasses.replace(model, network=network)
 
 
+def timed_rollout(model, groups: int = 1, steps: int | None = None, guess: bool = True) -> dict:
+    """Seconds and speed of gpu.rollout."""
+    from benchmarks import gpu
+
+    found = twice(lambda: gpu.rollout(model, groups, steps, guess=guess))
+    tokens = groups * gpu.G * (gpu.BLOCK if steps else gpu.L)
+    return found | {"tokens_per_s": tokens / found["again_s"]}
+
+
 def compare_rollouts(part: str, model, steps: int | None):
     """The same rollout in several ways."""
     from benchmarks import gpu
 
-    def roll(model=model, groups=1, steps=steps):
-        return gpu.rollout(model, groups, steps, guess=True)
-
-    def timed(**options):
-        tokens = gpu.G * options.get("groups", 1) * (gpu.L if options.get("steps", steps) is None else gpu.BLOCK)
-        found = twice(lambda: roll(**options))
-        return found | {"tokens_per_s": tokens / found["again_s"]}
-
-    def in_tf32():
-        with tf32_head(model):
-            return timed()
-
-    def with_cudnn():
-        with cudnn_attention():
-            return timed()
-
     def with_one_cast():
         cast = cast_once(model)
-        same = bool((roll(cast).completion == roll().completion).all())
-        return timed(model=cast) | {"the same tokens": same}
+        one, other = (gpu.rollout(of, steps=gpu.BLOCK // 2).completion for of in (model, cast))
+        return timed_rollout(cast, steps=steps) | {"the same tokens": bool((one == other).all())}
 
-    figure(part, "rollout", timed)
-    figure(part, "rollout, TF32 head", in_tf32)
+    figure(part, "rollout", lambda: timed_rollout(model, steps=steps))
+    figure(part, "rollout, TF32 head", lambda: timed_rollout(model, steps=steps), tf32_head(model))
     figure(part, "rollout, weights cast once", with_one_cast)
-    figure(part, "rollout, cuDNN attention", with_cudnn)
-    for groups in (2, 4):
-        figure(part, f"rollout, {groups} groups at once, of one block",
-               lambda groups=groups: timed(groups=groups, steps=gpu.BLOCK // 2))
-    figure(part, "rollout, 1 group, of one block", lambda: timed(steps=gpu.BLOCK // 2))
+    for groups in (1, 4):
+        figure(part, f"rollout of one block, groups at once: {groups}",
+               lambda groups=groups: timed_rollout(model, groups, gpu.BLOCK // 2))
 
 
 # ------------------------------------------------------------------------------------------------ the parts
@@ -312,8 +309,6 @@ def methods():
 
 def small_model():
     """The 0.6 B architecture: speed against the naive way, and what precision costs."""
-    import torch
-
     from benchmarks import gpu
 
     part, size = "small_model", gpu.SMALL if SMALL else gpu.QWEN
@@ -321,41 +316,33 @@ def small_model():
     model = sharp(gpu.build(size))
     model.bf16 = True  # on a CPU, too
     figure(part, "sampled against scored", lambda: disagreement(model))
+    figure(part, "sampled against scored, cuDNN attention", lambda: disagreement(model), cudnn_attention())
     figure(part, "error of the head", lambda: head_error(model))
-    compare_rollouts(part, model, None)
-    figure(part, "rollout, no guess", lambda: twice(lambda: gpu.rollout(model)))
+    compare_rollouts(part, model, steps=None)
+    figure(part, "rollout, cuDNN attention", lambda: timed_rollout(model), cudnn_attention())
+    figure(part, "rollout, no guess", lambda: timed_rollout(model, guess=False))
     figure(part, "rollout, naive", lambda: twice(lambda: gpu.naive_rollout(model)))
     roll, optimizer = gpu.rollout(model), gpu.optimizer_of(model)
 
     def update(budget: int = 8192) -> dict:
-        score = lambda: gpu.updates(model, roll, budget)  # noqa: E731
-        found = twice(lambda: gpu.optimizer_step(model, optimizer, score))
-        share = gpu.share_of_peak(size, found["again_s"], peak["tflops"] * 1e12)
+        found = twice(lambda: gpu.optimizer_step(model, optimizer, lambda: gpu.updates(model, roll, budget)))
+        share = gpu.share_of_peak(size, found["again_s"], peak["tflops"] * 1e12) if peak else None
         return found | {"canvases": gpu.G * gpu.K, "budget": budget, "share_of_peak": share}
 
-    def in_tf32():
-        with tf32_head(model):
-            return update()
-
-    def with_cudnn():
-        with cudnn_attention():
-            return update() | {"of": "attention"}
-
-    def naive():
+    def naive_update() -> dict:
         return twice(lambda: gpu.optimizer_step(model, optimizer, lambda: gpu.naive_updates(model, roll)))
 
-    def compiled():
+    def compiled() -> dict:
         for layer in model.network.model.layers:
             layer.compile(dynamic=True, backend="eager" if SMALL else "inductor")
         return update()
 
     figure(part, "update", update)
     figure(part, "update, budget 4096", lambda: update(4096))
-    figure(part, "update, TF32 head", in_tf32)
-    figure(part, "update, cuDNN attention", with_cudnn)
-    figure(part, "update, naive", naive)
-    figure(part, "update, layers compiled", compiled)  # last, since it may leave anything behind
-    del torch
+    figure(part, "update, TF32 head", update, tf32_head(model))
+    figure(part, "update, cuDNN attention", update, cudnn_attention())
+    figure(part, "update, naive", naive_update)
+    figure(part, "update, layers compiled", compiled)  # last, since the layers stay compiled
 
 
 def large_model():
@@ -375,17 +362,12 @@ def large_model():
     before = model.network.lm_head.weight[0, :8].clone()
 
     def update() -> dict:
-        score = lambda: gpu.updates(model, roll, budget)  # noqa: E731
-        found = twice(lambda: gpu.optimizer_step(model, optimizer, score))
+        found = twice(lambda: gpu.optimizer_step(model, optimizer, lambda: gpu.updates(model, roll, budget)))
         return found | {"trained": bool((before != model.network.lm_head.weight[0, :8]).any()),
                         "predicted_gib": sum(parts.values())}
 
-    def in_tf32():
-        with tf32_head(model):
-            return update()
-
     figure(part, "update", update)
-    figure(part, "update, TF32 head", in_tf32)
+    figure(part, "update, TF32 head", update, tf32_head(model))
 
 
 def sharded():
@@ -417,17 +399,20 @@ def tests():
     """The tests that need a GPU."""
     import pytest
 
+    outcomes = Counter()
+
     class Said:
         def pytest_runtest_logreport(self, report):
             if report.failed:
                 say("tests", what=report.nodeid, error=str(report.longrepr)[-600:])
-            elif report.when == "call" or report.skipped:
-                say("tests", what=report.nodeid, outcome=report.outcome, seconds=report.duration)
+            outcomes[report.outcome] += report.when == "call" or report.skipped
 
     os.environ["TEST_CUDA"] = "1"
-    with contextlib.redirect_stderr(io.StringIO()):
-        pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:terminal", str(ROOT / "tests" / "test_cuda.py")],
-                    plugins=[Said()])
+    file = str(ROOT / "tests" / "test_cuda.py")
+    status = pytest.main(["-p", "no:cacheprovider", "-p", "no:terminal", file], plugins=[Said()])
+    say("tests", **outcomes)
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        say("tests", error=f"pytest ended with {status!r}")
 
 
 def main(part: str):
