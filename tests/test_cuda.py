@@ -51,7 +51,8 @@ def test_what_was_sampled_is_scored_alike(model, roll):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_update_trains(method, tmp_path):
     checkpoints.write("a2d-qwen3", tmp_path)
-    module, model, run = importlib.import_module(method), models.load_model(str(tmp_path), DEVICE), NotedRun(1)
+    module, run = importlib.import_module(method), NotedRun(1)
+    model = models.load_model(str(tmp_path), DEVICE)
     before = [p.clone() for p in model.network.parameters()]
     own = {"K": 2} if hasattr(module.Args, "K") else {}
     args = module.Args(L=8, S=4, block=8, G=4, prompts=2, minibatches=1, **own)
