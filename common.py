@@ -170,7 +170,7 @@ class Rollout:
     logp: Tensor  # (B, L) of the token, in the distribution it was sampled from; 0 where revealed_at == S
     entropy: Tensor  # (B, L) of that distribution, in nats
     valid: Tensor  # (B, L) True up to and including the first EOS
-    guess: Tensor | None  # (B, S, L) greedy one-step completion of the state before each step
+    guess: Tensor | None  # (B, S, L) one-step completion of the state before each step
     mask_id: int
     S: int
 
@@ -235,7 +235,7 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 def denoise(
     model: Denoiser, prompt: Tensor, prompt_mask: Tensor, gens: list[torch.Generator], *,
     L: int, S: int, block: int, temperature: float = 1.0, order: str = "top_prob",
-    threshold: float | None = None, guess: bool = False,
+    threshold: float | None = None, guess: str | None = None,
 ) -> Rollout:
     """Sample completions by iterative unmasking (LLaDA, arXiv 2502.09992), block by block, left to right.
 
@@ -254,9 +254,15 @@ def denoise(
     threshold: in place of n positions, reveal every position whose probability reaches it, or else the single
         best one (Fast-dLLM, arXiv 2505.22618). Rows then take from L / block to L steps, and S is taken to be
         L. Not for a random order, which has no probability.
-    guess: also keep the greedy one-step completion of the state before each step. It needs no more forwards.
+    guess: also keep a one-step completion of the state before each step. It needs no more forwards, and what
+    the rollout samples does not depend on it. Every hidden position gets
+        "greedy"      its most likely token
+        "sampled"     a token sampled at the temperature; in the current block the one that the step itself
+                      sampled there, so the completion contains what the step reveals
+    At temperature 0 both are the same.
     """
     assert order in ("confidence", "top_prob", "random"), order
+    assert guess in (None, "greedy", "sampled"), guess
     assert L % block == 0 and L % S == 0 and S % (L // block) == 0, f"L {L}, S {S}, block {block} do not fit"
     assert not (threshold and order == "random"), "a random order has no probability to compare"
     n, T = L // S, temperature or 1.0  # greedy decoding (temperature 0) records the log-probs of T = 1
@@ -270,6 +276,10 @@ def denoise(
     logp = torch.zeros(B, L, dtype=torch.float64, device=x.device)
     entropy = torch.zeros_like(logp)
     guesses = torch.full((B, S, L), -1, device=x.device) if guess else None
+    if guess == "sampled" and temperature == 0:
+        guess = "greedy"
+    if guess == "sampled":  # noise of its own for later blocks: the rollout samples as it does without
+        guess_gens = [generator(gen.device, gen.initial_seed(), "guess") for gen in gens]
     start = torch.zeros(B, dtype=torch.long, device=x.device)  # first column of each row's current block
     rows = torch.arange(B, device=x.device)  # the R rows that are not done
 
@@ -283,7 +293,7 @@ def denoise(
         h = h[:, P:]  # (N, L, d)
         model.counts["nfe_rollout"] += len(one)
         model.counts["nfe_rollout_full"] += len(rows)  # what the papers count
-        if guess:
+        if guess == "greedy":
             guesses[rows, s] = greedy_fill(model, x[one], h)[canvas_of]
 
         # Give every row the distribution of each position of its block.
@@ -299,6 +309,11 @@ def denoise(
         else:
             token = logprobs.argmax(-1)
         token_logp = logprobs.gather(-1, token[..., None])[..., 0]
+        if guess == "sampled":
+            seen = x[rows]
+            seen.scatter_(1, cols, torch.where(hidden, token, seen.gather(1, cols)))
+            noise = group_noise(guess_gens, B, (L,))[rows]
+            guesses[rows, s] = sampled_fill(model, seen, h, canvas_of, temperature, noise)
 
         # Rank the hidden positions by how certain they are. Rank 0 is the most certain.
         if order == "random":
@@ -337,6 +352,24 @@ def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
     filled = x.clone()
     parts = h[hidden].split(max(1, LOGITS // model.V))
     filled[hidden] = torch.cat([model.head(part).argmax(-1) for part in parts])
+    return filled
+
+
+def sampled_fill(
+    model: Denoiser, x: Tensor, h: Tensor, canvas_of: Tensor, temperature: float, noise: Tensor
+) -> Tensor:
+    """Fill each hidden position of x (R, L) with a sample from its own distribution.
+
+    h (N, L, d) are the hidden states of N canvases; canvas_of (R,) says which of them each row stands on.
+    noise (R, L), uniform: the token is the first at which the cumulated probability exceeds the number. So a
+    position needs one random number, not V of them. The head runs in parts."""
+    filled, size = x.clone(), max(1, LOGITS // model.V)
+    for at in (x == model.mask_id).nonzero().split(size):
+        row, col = at.T  # (m,)
+        logits = model.head(h[canvas_of[row], col])  # (m, V)
+        cumulated = logits.double().div_(temperature).softmax(-1).cumsum_(-1)
+        cumulated = cumulated / cumulated[:, -1:]  # ends at exactly 1, which no number reaches
+        filled[row, col] = torch.searchsorted(cumulated, noise[row, col, None], right=True)[:, 0]
     return filled
 
 
@@ -394,7 +427,8 @@ def score(
     x: (M, P+L) canvases, of which each distinct one is evaluated once. target, where: (M, L).
     The distribution is the sampler's: the same temperature, no mask token. The head runs once at each scored
     position of a canvas. It runs in parts whose logits backward computes again, so that (M, V) logits of a
-    real vocabulary never exist at once. read_out: what to read from the logits in place of log_prob."""
+    real vocabulary never exist at once. read_out: what to read from the logits in place of log_prob; if it
+    reads R numbers of each token, (m, R), the result is (M, L, R)."""
     L = target.shape[1]
     first, canvas_of = distinct(torch.cat([x, prompt_mask], 1))  # N canvases; (M,)
     shown, shown_mask = trim(x[first], prompt_mask[first])
@@ -417,7 +451,7 @@ def score(
         parts = zip(h.split(size), (at[order] % size).split(counts), token[order].split(counts), strict=True)
         again = dict(use_reentrant=False, preserve_rng_state=False)
         found = torch.cat([checkpoint(read_part, *part, **again) for part in parts])[order.argsort()]
-    out = found.new_zeros(where.shape)
+    out = found.new_zeros(where.shape + found.shape[1:])
     out[where] = found
     return out
 
@@ -509,16 +543,21 @@ def encode(model: Denoiser, texts: list[str]) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def answer_texts(model: Denoiser, tokens: Tensor) -> list[str]:
+    """The texts of completions (B, L), each up to the token that ends it.
+
+    All other special tokens stay visible. Left out, they would join what they separate: 1<|x|>8 is not 18."""
+    ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row))
+           for row in tokens.tolist()]
+    return model.tokenizer.batch_decode(ids)
+
+
 def reward_rows(
     model: Denoiser, task: Task, tokens: Tensor, rows: list[dict]
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`.
-
-    Of the special tokens only the one that ends an answer is left out of its text: `1<|x|>8` is not 18."""
+    """Rewards (B,), their parts (B,) and the texts, of completions (B, L) that answer `rows`."""
     with model.timed("reward"):
-        ids = [list(itertools.takewhile(lambda token: token not in model.end_ids, row))
-               for row in tokens.tolist()]
-        texts = model.tokenizer.batch_decode(ids)
+        texts = answer_texts(model, tokens)
         own = [(texts[i], rows[i]) for i in model.share(len(rows))]
         if task.parallel:
             here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
@@ -543,9 +582,19 @@ def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: 
     }
 
 
+ROWS = [range(4 * r, 4 * r + 4) for r in range(4)]
+COLUMNS = [range(c, 16, 4) for c in range(4)]
+BOXES = [[4 * r + c, 4 * r + c + 1, 4 * r + c + 4, 4 * r + c + 5] for r in (0, 2) for c in (0, 2)]
+
+
+def sudoku_solved(board: str) -> bool:
+    """Whether every row, column and box of a board of 16 characters holds 1, 2, 3 and 4."""
+    return all({board[i] for i in unit} == set("1234") for unit in (*ROWS, *COLUMNS, *BOXES))
+
+
 def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
-    """Share of the blanks filled as in the solution; 0 if a clue was changed or there are not exactly 16
-    digits.
+    """1 for a board that keeps the clues and obeys the rules, be it the row's solution or another; else the
+    share of the blanks filled as in the solution. 0 if a clue was changed or there are not exactly 16 digits.
 
     White space is ignored, so a board may be written as a grid."""
     board, puzzle = "".join(text.split()), row["puzzle"]
@@ -553,8 +602,10 @@ def sudoku_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
         return 0.0, {"correct": 0.0, "parse_fail": 1.0}
     if any(p not in ("0", b) for p, b in zip(puzzle, board, strict=True)):
         return 0.0, {"correct": 0.0, "parse_fail": 0.0}
+    if sudoku_solved(board):
+        return 1.0, {"correct": 1.0, "parse_fail": 0.0}
     right = sum(p == "0" and b == s for p, b, s in zip(puzzle, board, row["solution"], strict=True))
-    return right / puzzle.count("0"), {"correct": float(board == row["solution"]), "parse_fail": 0.0}
+    return right / puzzle.count("0"), {"correct": 0.0, "parse_fail": 0.0}
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -606,17 +657,21 @@ class Run:
 
     def updates(self, model: Denoiser, optimizer: torch.optim.Optimizer) -> Iterator[int]:
         """Yield 0, 1, ... once for each update that the method is to make."""
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.lr = model, optimizer, optimizer.param_groups[0]["lr"]
         for update in range(self.wanted):
             self.update = update
             yield update
 
-    def step(self, loss: float, max_grad_norm: float) -> float:
+    def step(self, loss: float, max_grad_norm: float, warmup: int = 0) -> float:
         """Clip the gradient and make one optimizer step; returns the gradient's norm before clipping.
 
-        No step is made if the loss or the norm is not finite."""
+        Over the first `warmup` steps the learning rate rises to its value. No step is made if the loss or the
+        norm is not finite."""
         norm = self.model.clip_gradient(max_grad_norm)
         if math.isfinite(norm) and math.isfinite(loss):
+            self.counters["optimizer_steps"] += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, self.counters["optimizer_steps"] / max(1, warmup))
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

@@ -15,20 +15,24 @@ place among the row's kept ones, highest entropy first: the paper's, ret = (R + 
 lambda) minus its mean.
 
 The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs three things; tests/test_egspo.py enumerates
-all: positions chosen by the state alone, `order` top_prob or random (with `confidence`, LLaDA's rule, they
-depend on the sampled tokens); K = S, or K drawn by `select` uniform with lambda = 0 (the most uncertain are
-picked by looking at the finished row: a bias by design); and a baseline that knows nothing of the row's
-future, lambda = 0 or `step` (a rank is known only once the row is finished).
+them all.
 
-Differences from the authors' released code: sampled and scored at one temperature (theirs: T 0.9 and T 1); KL
-by k3 (their exact_kl in mean mode is too small by n V); nothing of size V is stored (theirs: (S, B, n, V)
-probabilities, for the entropies alone); canvases are scored in batches (theirs: one by one); every prompt
-drawn is used (theirs: one batch of eight).
-Differences from the paper: lambda is constant, as in the released code (paper: lambda_t); the baseline of r_s
-(theirs: rank); positions by order `top_prob` (LLaDA's rule: `confidence`); full fine-tuning, no LoRA;
-minibatches; small-batch defaults for the tiny model, the paper's beside them and in LLM. Without a KL, pairs
-of advantage 0 are not evaluated, and minibatches without any other make no optimizer step (AdamW would go on
-by momentum and decay).
+- The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA
+  and of the released code, they depend on the sampled tokens, and the theorem fails (published since:
+  Mask-Aware Policy Gradients, arXiv 2607.15200).
+- The kept steps stand for all: K = S; or `select` importance, which draws them in proportion to their entropy
+  and weights each by the inverse of its probability (as AGRPO, ICML 2026, does); or uniform, if no EOS ends
+  a row early. The K most uncertain are picked by looking at the finished row: a bias by design.
+- The baseline knows nothing of the row's future: lambda = 0, or `step`. A rank is known only once the row is
+  finished.
+
+Differences from the paper: lambda is constant (the paper's lambda_t, as in the newest released code, is
+`--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); the order; full fine-tuning, no
+LoRA; several minibatches; small-batch defaults for the tiny model. Without a KL, pairs of advantage 0 are not
+evaluated, and minibatches without any other make no optimizer step (AdamW would go on by momentum and decay).
+Differences from the released code (egspo-dllm-rl at 285b165), the main ones: it samples at T 0.9 and scores
+at T 1, keeps (S, B, n, V) probabilities for the entropies alone, scores canvases one by one, and throws seven
+of eight drawn prompt batches away. results/README.md has them all.
 
 python egspo.py                        4x4 Sudoku, 32 to 72 % of the held-out boards solved in two minutes
 python egspo.py --task countdown       expressions, 19 to 33 % in two minutes
@@ -58,25 +62,27 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    order: Literal["top_prob", "random", "confidence"] = "top_prob"  # the theorem fails with confidence
+    order: Literal["top_prob", "random", "confidence"] = "confidence"  # (paper: this; see above)
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; no result depends on it
 
     # The method.
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
-    select: Literal["entropy", "uniform", "all"] = "entropy"  # which steps are kept (paper: entropy)
+    select: Literal["entropy", "importance", "uniform", "all"] = "entropy"  # which steps (paper: entropy)
     baseline: Literal["rank", "step"] = "step"  # group mean at the same denoising step, or rank (paper)
-    lam: float = 0.5  # lambda, weight of the stepwise advantage (paper: 0.5); 0 is EGSPO
-    eps_lo: float = 0.2  # lower clip (paper: 0.2)
+    lam: float = 0.5  # lambda, weight of the stepwise advantage (paper: 0.5); 0: plain EGSPO
+    lam_schedule: Literal["constant", "linear"] = "constant"  # over a row's steps; linear: lambda s / S
+    eps_lo: float = 0.2  # lower clip (paper: 0.2; train_vision_egspo.sh: 0.5)
     eps_hi: float = 0.5  # upper clip (paper: 0.5)
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.04); 0: no reference model
 
     # The optimizer, AdamW.
     passes: int = 1  # passes over the kept steps of a rollout
-    minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
+    minibatches: int = 4  # optimizer steps per pass, each on whole groups (released scripts: 4 or 1)
     lr: float = 1e-4  # learning rate (paper: 3e-5 with LoRA; full fine-tuning of an LLM: start at 1e-6)
-    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
-    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (released: these)
+    weight_decay: float = 0.01  # (released: 0.1, on LoRA's weights)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-4 of the run)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
     def __post_init__(self):
@@ -84,22 +90,44 @@ class Args:
         assert self.eps_lo <= 1, "--eps_lo must be at most 1: a ratio is never below 0"
 
 
+def step_entropy(roll: Rollout) -> tuple[Tensor, Tensor]:
+    """H (B, S): mean entropy of the tokens each step revealed; taken (B, S): did the row take the step?"""
+    count = per_step(torch.ones_like(roll.entropy), roll.revealed_at, roll.S)
+    return per_step(roll.entropy, roll.revealed_at, roll.S) / count.clamp(min=1), count > 0
+
+
 def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """The K steps of highest mean entropy of each row, highest first: steps (B, K), taken (B, K).
 
     taken is False where a row, ended by an EOS, took fewer than K steps. noise (B, S): take K steps at random
     instead, still ranked by entropy."""
-    count = per_step(torch.ones_like(roll.entropy), roll.revealed_at, roll.S)  # tokens revealed by each step
-    entropy = per_step(roll.entropy, roll.revealed_at, roll.S) / count.clamp(min=1)
+    entropy, taken = step_entropy(roll)
     wanted = entropy if noise is None else noise
     # Sorted stably: of equal entropies topk may choose one on this process and another on the next.
-    chosen = wanted.masked_fill(count == 0, -1.0).argsort(dim=1, descending=True, stable=True)[:, :K]
-    by_entropy = entropy.gather(1, chosen).masked_fill(count.gather(1, chosen) == 0, -1.0)
+    chosen = wanted.masked_fill(~taken, -1.0).argsort(dim=1, descending=True, stable=True)[:, :K]
+    by_entropy = entropy.gather(1, chosen).masked_fill(~taken.gather(1, chosen), -1.0)
     steps = chosen.gather(1, by_entropy.argsort(dim=1, descending=True, stable=True))
-    return steps, count.gather(1, steps) > 0
+    return steps, taken.gather(1, steps)
 
 
-def stepwise_return(reward: Tensor, guess_reward: Tensor, lam: float) -> Tensor:
+def draw_steps(roll: Rollout, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """K draws of one step of each row by noise (B, K), uniform; with replacement, P(s) = H_s / sum of H.
+
+    Returns steps (B, K), highest entropy first; taken (B, K), False in a row without any entropy, which has
+    no gradient either; and weight (B, K) = 1 / (S P(s)), with which the mean over the draws is on average the
+    mean over all S steps."""
+    cumulated = step_entropy(roll)[0].double().cumsum(1)  # (B, S)
+    total = cumulated[:, -1:]
+    steps = torch.searchsorted(cumulated, noise * total, right=True)  # the first that exceeds its number
+    steps = steps.clamp(max=roll.S - 1)  # rounding, or a row without any entropy
+    entropy = cumulated.diff(dim=1, prepend=torch.zeros_like(total)).gather(1, steps)
+    entropy, order = entropy.sort(dim=1, descending=True, stable=True)
+    taken = entropy > 0
+    weight = total / (roll.S * entropy.masked_fill(~taken, 1.0))
+    return steps.gather(1, order), taken, (weight * taken).to(roll.logp)
+
+
+def stepwise_return(reward: Tensor, guess_reward: Tensor, lam: float | Tensor) -> Tensor:
     """(B,) rewards, (B, K) rewards of the guesses to returns (B, K): credit for improving on the guess."""
     reward = reward[:, None]
     return (reward + lam * (reward - guess_reward)) / (1 + lam)
@@ -116,11 +144,13 @@ def advantage(ret: Tensor, taken: Tensor, G: int) -> Tensor:
 
 
 def stepwise_advantage(
-    reward: Tensor, guess_reward: Tensor, steps: Tensor, taken: Tensor, G: int, S: int, lam: float,
-    baseline: str,
+    reward: Tensor, guess_reward: Tensor, steps: Tensor, taken: Tensor, G: int, S: int,
+    lam: float | Tensor, baseline: str,
 ) -> Tensor:
-    """A (B, K) of rewards (B,) and the guesses' (B, K), minus the group's mean at the same "rank"; or
-    each minus a mean of its own: R's over the group, r_s's over its rows that kept the same "step"."""
+    """A (B, K) of rewards (B,), the guesses' (B, K) and lambda, one number or (B, K).
+
+    baseline "rank": subtract the group's mean at the same rank. "step": centre R over the group, and r_s over
+    its rows that kept the same step."""
     if baseline == "rank":
         return advantage(stepwise_return(reward, guess_reward, lam), taken, G)
     at_step, kept = reward.new_zeros(2, len(steps), S)
@@ -170,13 +200,15 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
         gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                        temperature=args.temperature, order=args.order, guess=args.lam > 0,
-                        budget=args.budget)
-        noise = None
-        if args.select == "uniform":
-            gens = [generator(model.device, args.seed, "select", update, i) for i in ids]
-            noise = group_noise(gens, len(rows), (args.S,))
-        steps, taken = select_steps(roll, K, noise)  # (B, K)
+                        temperature=args.temperature, order=args.order,
+                        guess="greedy" if args.lam > 0 else None, budget=args.budget)
+        gens = [generator(model.device, args.seed, "select", update, i) for i in ids]
+        if args.select == "importance":
+            steps, taken, weight = draw_steps(roll, group_noise(gens, len(rows), (K,)))  # (B, K)
+        else:
+            noise = group_noise(gens, len(rows), (args.S,)) if args.select == "uniform" else None
+            steps, taken = select_steps(roll, K, noise)  # (B, K)
+            weight = taken.to(roll.logp)  # all count alike
 
         # 2 Reward: of the completions, and of the one-step guesses at the kept steps.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
@@ -187,7 +219,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
             guess_reward = reward_rows(model, task, guess, guess_rows)[0].view(-1, K)
 
         # 3 Advantage, and the log-probabilities that the tokens were sampled with.
-        adv = stepwise_advantage(reward, guess_reward, steps, taken, args.G, args.S, args.lam, args.baseline)
+        lam = args.lam * steps / args.S if args.lam_schedule == "linear" else args.lam
+        adv = stepwise_advantage(reward, guess_reward, steps, taken, args.G, args.S, lam, args.baseline)
         logp_old = per_step(roll.logp, roll.revealed_at, args.S).gather(1, steps)  # (B, K)
 
         # 4 Update, on the canvases before the kept steps.
@@ -210,22 +243,27 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                         kl = k3(logp, logp_ref)
                         loss = loss + args.beta * kl
                         info["kl"] += kl.sum().item() / len(batch)
+                    loss = loss * weight[r, k]
                     loss = loss.sum() / (len(rows) // args.minibatches * K * n)  # a missing step counts as 0
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.float().sum().item() / len(batch)
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 5 Log.
         run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
-# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB.
-SUDOKU = dict(updates=320)
-COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=520)
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words (LLM).
+# As in the released train.sh, LLM has G, L, S, block, T, K, lambda, beta, both eps, grad_norm and betas. Ours
+# are 4 prompts (theirs 6), one optimizer step per rollout (4), full fine-tuning at lr 1e-6 and weight decay
+# 0.01 (LoRA of rank 128 on 4-bit weights, 3e-5 and 0.1) and no warm-up (1e-4 of the steps, then constant).
+# Their train_vision_egspo.sh, GSM8K too, has lambda 0.1 and a return not divided by 1 + lambda, eps_lo 0.5,
+# l(b, s) as the mean over its tokens, r_s of the correctness reward alone, and one step per rollout.
+SUDOKU = dict(updates=160, eval_every=40)
+COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=200)
 LLM = dict(prompts=4, G=8, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, beta=0.04, lr=1e-6,
            grad_norm=0.2)
 

@@ -4,24 +4,37 @@ KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A)
 log differs from log pi_old by psi A and a normaliser nobody can compute; so distil, by plain regression, a
 score c in which the normaliser does not matter:
 
-    loss = mean over rows and mask pairs of (c_theta - c_old - psi A)^2 + beta (c_theta - c_ref)^2
-    c    = mean over the tokens of the completion of the read-out of the token, each scored where it is hidden
+    loss = mean over rows and mask pairs of (c_theta - c_old - psi A)^2 + beta (l_theta - l_ref)^2
+    c    = mean over the n tokens of the completion of the read-out of the token, scored where it is hidden
+    l    = the same mean of the token's log-probability
     A    = R_i - mean of the OTHERS' R in the group
 
-read-out (`match`): "tlc" the raw logit minus the mean logit of its position (no softmax anywhere), "logp" the
-log-probability. A mask pair is a random mask and its complement, so that each token is scored exactly once;
-the pairs are drawn once per rollout and kept for c_old, c_ref and every pass.
+read-out (`--match`): "logp" the log-probability, so that c = l; "tlc" the raw logit minus the mean logit of
+its position, no softmax anywhere. The KL stays on log-probabilities, as the authors' commit 2211b60 has it;
+with beta above 0 TLC therefore feels the normaliser a little.
 
-Differences from the authors' released code: it centres the logits and then calls cross_entropy, whose softmax
-undoes the centring exactly; its policy term is clamped to +-4e-4, so from the second of 8 passes on its
-gradient is zero (no clamp here: the square stops at its target by itself); masks repeat after 51-76 rollouts;
-its policy term sums over masks while the KL averages; it draws fresh masks for each pass (ours keeps one
-set); padding is seen and tokens behind the EOS count. Its psi and beta do not carry over: for the variant
-without TLC, its loss at (psi, beta) is num_mc / 4 times ours at (2 psi, beta L / (2 num_mc)), so its recipe,
-psi 10 and beta 1e-3 with L 256 and num_mc 2, is psi 20 and beta 0.064 here, as in LLM (TLC has no halving:
-psi 10).
-Differences from the paper: minibatches; small-batch defaults for the tiny model, the paper's beside them
-(paper: L = S = 256, block 32, T 1, G 16).
+A mask pair is a random mask and its complement, so that each token is scored exactly once. The pairs are
+drawn once for a rollout and kept for c_old, l_ref and every pass. Look at mask_pairs and pair_score first.
+
+The mean over a pair (`--weights`): "pair" counts every token alike. Then n E[c] is 2 E_t[log p(x0 | x_t)],
+where t is the share that is hidden: the quantity in the paper's loss. "elbo" is what the authors' code does
+since commits 2211b60 (plain) and 0c0bd6c (TLC): each of the k tokens hidden in the mask has weight
+(n + 1) / k, each of the other n - k has (n + 1) / (n - k), and the sum over both canvases is halved. Then
+n E[c] is the ELBO. Theirs has L in place of n, since it scores the tail behind the EOS, too.
+tests/test_gdsd.py enumerates both.
+
+psi is per token here: the paper's 10, for a whole completion, is 10 / L = 0.04 at L = 256. The authors say so
+themselves in configs.py (commit 1d03bfa, "0.01-0.1"), while most of their scripts still pass 10 (commit
+7c152d3). With that the target of 10 A nats a token is never reached, and nothing would stop the passes. A
+clamp stops them instead: it holds the difference of a whole completion within 4e-4 nats, so that from the
+second of 8 passes on the policy gradient is zero (commits 3fb6780 and 7c152d3, every LLaDA script; Dream
+Sudoku has made one pass since 782a103, where no clamp acts). There is no clamp here: the square stops at its
+target.
+
+Without their clamp, their loss at (psi, beta) is num_mc times ours at (psi, beta L / (2 num_mc)) and
+`--weights elbo`; that of May without TLC (commit 3fb6780) is num_mc / 4 times ours at
+(2 psi, beta L / (2 num_mc)) and `--weights pair`. All other differences, each with its commit, are in
+results/README.md, "Where paper, released code and this repository differ".
 
 python gdsd.py                         4x4 Sudoku, 32 to 39 % of the held-out boards solved in two minutes
 python gdsd.py --match tlc             centred raw logits: 32 to 39 %
@@ -29,6 +42,7 @@ python gdsd.py --match tlc             centred raw logits: 32 to 39 %
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,7 +59,7 @@ class Args:
     prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
-    S: int = 8  # denoising steps per completion (LLM: 128)
+    S: int = 8  # denoising steps per completion (LLM: 256)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     seed: int = 1  # decides every random draw
@@ -53,20 +67,24 @@ class Args:
 
     # The method.
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
+    topk: int = 0  # tlc: subtract the mean of this many largest logits (paper 0: of all; the authors now 64)
+    weights: Literal["pair", "elbo"] = "pair"  # of the tokens of a mask pair (paper: pair; see above)
     num_mc: int = 2  # mask pairs per row (paper: 2)
-    psi: float = 0.2  # psi, inverse temperature of the advantage (paper: 10; see above)
-    beta: float = 0.0  # weight of the reference (paper: 1e-3; see above); 0: no reference model
+    psi: float = 0.2  # psi, inverse temperature of the advantage, per token (paper: 10 / L; see above)
+    beta: float = 0.0  # weight of the reference (paper: 1e-3; see LLM); 0: no reference model
 
     # The optimizer, AdamW.
-    passes: int = 2  # mu, passes per rollout (paper: 8)
+    passes: int = 2  # mu, passes per rollout (paper: 8; Dream Sudoku 1)
     minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 1e-4  # learning rate (paper: 3e-6; MATH 1e-5)
-    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
-    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (paper: the same)
+    weight_decay: float = 0.01  # (paper: 0.01)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-3 of the run)
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
     def __post_init__(self):
         assert self.num_mc >= 1, "--num_mc must be at least 1"
+        assert self.topk >= 0, "--topk must be at least 0"
 
 
 def advantage(reward: Tensor, G: int) -> Tensor:
@@ -89,35 +107,54 @@ def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
     return torch.stack([chosen, valid[:, None] & ~chosen], 2) | ~valid[:, None, None]
 
 
-def centred_logit(logits: Tensor, at: Tensor, token: Tensor) -> Tensor:
-    """Logit of `token` (m,) at row `at` (m,) of logits (D, V) minus the row's mean (no mask token in it)."""
-    possible = logits > -torch.inf
-    mean = logits.masked_fill(~possible, 0.0).sum(1) / possible.sum(1)
+def centred_logit(logits: Tensor, at: Tensor, token: Tensor, topk: int = 0) -> Tensor:
+    """Logit of `token` (m,) at row `at` (m,) of logits (D, V) minus the mean of the row's topk largest ones.
+
+    0: of all. The mask token's is never among them."""
+    if topk:
+        mean = logits.topk(min(topk, logits.shape[1] - 1)).values.mean(1)  # the mask token's, -inf, is last
+    else:
+        possible = logits > -torch.inf
+        mean = logits.masked_fill(~possible, 0.0).sum(1) / possible.sum(1)
     return logits[at, token] - mean[at]
 
 
-READ_OUT = {"logp": log_prob, "tlc": centred_logit}
+def read_out(logits: Tensor, at: Tensor, token: Tensor, match: str, topk: int) -> Tensor:
+    """First what is regressed, last the log-probability, of `token` (m,) at row `at` (m,) of logits (D, V):
+    (m, 2). Or (m, 1) where they are the same."""
+    logp = log_prob(logits, at, token)
+    if match == "logp":
+        return logp[:, None]
+    return torch.stack([centred_logit(logits, at, token, topk), logp], 1)
+
+
 DRIFT = 20.0  # a mean score this far from where it began (in nats or logits) is worth a warning
 
 
 def pair_score(
-    model: Denoiser, x: Tensor, roll: Rollout, hidden: Tensor, match: str, temperature: float
-) -> Tensor:
-    """c (M,) of rows `roll`: the mean read-out of the valid tokens, each on the two canvases x (M, 2, P+L) of
-    a mask pair, hidden (M, 2, L)."""
+    model: Denoiser, x: Tensor, roll: Rollout, hidden: Tensor, match: str, temperature: float,
+    weights: str = "pair", topk: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """c (M,) and l (M,) of rows `roll`: the mean read-out and log-probability of the valid tokens, each on
+    the two canvases x (M, 2, P+L) of a mask pair, hidden (M, 2, L)."""
     both = torch.arange(len(x), device=x.device).repeat_interleave(2)  # a mask and its complement, adjacent
     rows = roll[both]
-    where = hidden.flatten(0, 1) & rows.valid
+    where, n = hidden.flatten(0, 1) & rows.valid, roll.valid.sum(1)
     found = score(model, x.flatten(0, 1), rows.prompt_mask, rows.completion, where, temperature,
-                  READ_OUT[match])  # (2 M, L)
-    return found.sum(1).view(-1, 2).sum(1) / roll.valid.sum(1)
+                  partial(read_out, match=match, topk=topk))  # (2 M, L, 1 or 2)
+    found = found.movedim(2, 0).contiguous().sum(2)  # (1 or 2, 2 M); contiguous: both add up in one order
+    if weights == "elbo":
+        k = where.sum(1).clamp(min=1)  # a canvas that hides nothing scores nothing: 0 / 1
+        found = found * (n[both] + 1) / (2 * k)
+    found = found.unflatten(1, (-1, 2)).sum(2) / n  # (1 or 2, M)
+    return found[0], found[-1]
 
 
 def distillation_loss(
-    c: Tensor, c_old: Tensor, c_ref: Tensor, adv: Tensor, psi: float, beta: float
+    c: Tensor, c_old: Tensor, adv: Tensor, psi: float, logp: Tensor, logp_ref: Tensor, beta: float
 ) -> Tensor:
-    """(c - c_old - psi A)^2 + beta (c - c_ref)^2; all (M,)."""
-    return (c - c_old - psi * adv) ** 2 + beta * (c - c_ref) ** 2
+    """(c - c_old - psi A)^2 + beta (l - l_ref)^2; all (M,)."""
+    return (c - c_old - psi * adv) ** 2 + beta * (logp - logp_ref) ** 2
 
 
 def train(args: Args, model: Denoiser, task: Task, run: Run):
@@ -147,16 +184,16 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
         x = torch.stack([canvas(roll, half) for half in hidden.unbind(2)], 2)  # (B, num_mc, 2, P+L)
         pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2); at A = 0 c is held in place
+        how = args.match, args.temperature, args.weights, args.topk
         c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
-        c_ref = torch.zeros_like(c_old)
+        l_ref = torch.zeros_like(c_old)
         with torch.no_grad():
             for part in micro_batches(model, pairs, x, args.budget):
                 r, j = part.unbind(1)
-                c_old[r, j] = pair_score(model, x[r, j], roll[r], hidden[r, j], args.match, args.temperature)
+                c_old[r, j], _ = pair_score(model, x[r, j], roll[r], hidden[r, j], *how)
                 if reference:
-                    c_ref[r, j] = pair_score(reference, x[r, j], roll[r], hidden[r, j], args.match,
-                                             args.temperature)
-        c_old, c_ref = model.total(c_old), model.total(c_ref)  # over the processes, if there are several
+                    _, l_ref[r, j] = pair_score(reference, x[r, j], roll[r], hidden[r, j], *how)
+        c_old, l_ref = model.total(c_old), model.total(l_ref)  # over the processes, if there are several
 
         # 5 Update.
         infos = []
@@ -167,14 +204,14 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                 info = {"loss": 0.0}
                 for part in micro_batches(model, batch, x, args.budget):
                     r, j = part.unbind(1)
-                    c = pair_score(model, x[r, j], roll[r], hidden[r, j], args.match, args.temperature)
+                    c, logp = pair_score(model, x[r, j], roll[r], hidden[r, j], *how)
                     c_new[r, j] = c.detach()
-                    loss = distillation_loss(c, c_old[r, j], c_ref[r, j], adv[r], args.psi, args.beta)
+                    loss = distillation_loss(c, c_old[r, j], adv[r], args.psi, logp, l_ref[r, j], args.beta)
                     loss = loss.sum() / len(batch)  # mean over rows and mask pairs
                     loss.backward()
                     info["loss"] += loss.item()
                 info = model.total(info)
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 6 Log: how far c is from c_old, as the last pass found it before its own steps, and its target.
@@ -193,11 +230,14 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         }, infos)
 
 
-# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
-# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB.
-SUDOKU = dict(updates=20)
-COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=82)
-LLM = dict(prompts=2, G=16, L=256, S=256, block=32, minibatches=1, psi=20.0, beta=0.064, passes=8, lr=3e-6,
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
+SUDOKU = dict(updates=20, eval_every=5)
+COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=40, eval_every=10)
+# Released (llada_gsm8k, commit 7c152d3): G, L, S, block, T, num_mc, mu, AdamW, clip, lr (theirs of a LoRA of
+# rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3 in this file's scale (MATH 1e-4, Countdown 3e-3).
+# Ours: 2 prompts, theirs 20; all weights; logp, theirs TLC with topk 64 and elbo; psi 10 / L and no clamp; no
+# warm-up, theirs 0.001 of the run.
+LLM = dict(prompts=2, G=16, L=256, S=256, block=32, minibatches=1, psi=0.04, beta=0.064, passes=8, lr=3e-6,
            grad_norm=0.2)
 
 if __name__ == "__main__":

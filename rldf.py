@@ -13,16 +13,13 @@ everything the model believes there, not only from what it revealed:
 With several passes over a rollout, -A log p becomes PPO's clipped ratio and p, in m, that of the policy
 before the first. The bias towards surprising steps is intended: no importance weight 1 / P(s).
 
-Differences from the authors' released code: the tail behind an EOS is hidden as the sampler had it (theirs is
-visible from the second step on, which gives the length of the answer away); the weights use the sampler's
-log-probs (for Dream theirs are uniform); rollouts and training run the same network (theirs: an approximate
-prefix cache in rollouts); a row decoded in one step learns too; one normaliser for all canvases of a
-minibatch (theirs: one for each of the K columns and each device, gradients at cosine 0.92 to 1 with ours); a
-first EOS is scored also where EOS is the padding token (theirs scores no padding token, and never trains it);
-random canvases hide each token with probability 0.3 (theirs: exactly that share). Their MATH training set
-contains 248 of the 500 MATH500 questions, and sys.exit() passes their code tests.
 Differences from the paper: minibatches; small-batch defaults for the tiny model (LLM has the paper's).
 Without a KL, a minibatch of advantages 0 makes no optimizer step (AdamW would go on by momentum and decay).
+Differences from the authors' released code (Drift at 7abd99b), the main ones: there the tail behind an EOS is
+visible from the second step on, which gives the length of the answer away; Dream's steps are drawn uniformly,
+since its log-probs are never written; rollouts use an approximate prefix cache; each of the K columns of
+canvases has its own normaliser; at most four groups of a GPU are trained on, those of unequal rewards first;
+and the MATH training set contains 248 of the 500 MATH500 questions. results/README.md has them all.
 
 python rldf.py                         4x4 Sudoku, 32 to 60 % of the held-out boards solved in two minutes
 python rldf.py --select uniform        the ablations: uniform steps, 59 %; --p_min 0: no clipping of the clean
@@ -46,7 +43,7 @@ class Args:
     prompts: int = 32  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
-    S: int = 8  # denoising steps per completion (LLM: 128)
+    S: int = 8  # denoising steps per completion (LLM: 256); with a threshold, those of evaluation alone
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
@@ -59,7 +56,7 @@ class Args:
     tau: float = 1.0  # tau, temperature of the draw of steps (paper: 1)
     select: Literal["surprise", "uniform"] = "surprise"  # how steps are drawn (paper: surprise)
     masks: Literal["sequential", "random"] = "sequential"  # the sampler's states (paper), or 30 % hidden
-    p_min: float = 0.6  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
+    p_min: float = 0.0  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
     eps: float = 0.2  # clip of the ratio, used when passes > 1
     beta: float = 0.0  # weight of the KL to the model before training (paper: 0.01); 0: no reference model
 
@@ -68,7 +65,8 @@ class Args:
     minibatches: int = 2  # optimizer steps per pass, each on whole groups (paper: 1)
     lr: float = 2e-4  # learning rate (paper: 1e-6)
     betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's two moments (released code: PyTorch's own)
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # (released: 0 for LLaDA, 0.01 for Dream)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 0)
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
 
     def __post_init__(self):
@@ -231,18 +229,20 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     if parameter.grad is not None:
                         parameter.grad /= scored
                 info["loss"], info["kl"] = info["loss"] / scored, info["kl"] / scored
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 6 Log.
         run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
-# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB.
-SUDOKU = dict(updates=160)
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=375)
-LLM = dict(prompts=8, G=4, L=256, S=256, block=32, minibatches=1, beta=0.01, lr=1e-6)
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words (LLM).
+# LLM is the released script for LLaDA and MATH throughout, full fine-tuning without warm-up included, except
+# that a rollout has 8 prompts on however many GPUs (8 on each).
+SUDOKU = dict(updates=80, eval_every=20)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=150)
+LLM = dict(prompts=8, G=4, L=256, S=256, block=32, minibatches=1, beta=0.01, lr=1e-6,
+           weight_decay=0.0)
 
 if __name__ == "__main__":
     from plumbing.run import main

@@ -8,21 +8,26 @@ No ratio, clip or reference: raise the log-likelihood of a group's good completi
 with the one-step likelihood of d1: the WHOLE completion hidden and each prompt token hidden with probability
 0.15. That canvas does not contain the completion, so one forward per prompt serves all G of them.
 
-wd1++ (Eq. 10) scores the trajectory instead. Members of a group are (i, s), s = 0..S-1, with the greedy
-one-step completion y of the canvas x before step s (for a row's last step: the finished row); w over all:
+wd1++ (Eq. 10) scores the trajectory instead. Members of a group are (i, s), s = 0..S-1. Each has a one-step
+completion y of the canvas x before step s, in which every hidden position is filled with a sample, those that
+the step reveals included (for a row's last step: the finished row). w is over all members:
 
     loss = mean over prompts of sum_(i,s) (w- - w+) (1 / l_s) sum_(hidden in x, valid in y) log pi(y | x)
 
-l_s is the share of the completion hidden in x. The index in Eq. 10 is ambiguous; this is the reading that
-agrees with the 1/t of the denoising cross-entropy. A row that an EOS ended early has fewer members.
+l_s is the share of the completion hidden in x. A row that an EOS ended early has fewer members.
 
-Differences from the authors' released code: the softmax is over the prompt's group (theirs: over the device
-micro-batch, which mixes prompts); G times fewer forwards; every drawn mask is used (half of theirs is not);
-Gumbel noise in float64 (theirs: bf16); sampled and scored at one temperature (theirs: T 0.9 and T 1); wd1++,
-which is not released.
+Why y is sampled: a step whose y is worse than the group's mean has log pi(y | x) pushed down. If y is greedy,
+that lowers the most likely tokens whatever they are, entropy rises, and in the end the model collapses. If y
+is a sample, the push is zero on average unless the reward depends on y. `--y greedy` shows the difference.
+
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
 already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults
-for the tiny model (paper: G 6, T 0.9, S 128, L 256, block 32, weight decay 0.1), its others beside them.
+for the tiny model.
+Differences from the released code, the main ones. wd1 (0898985): its softmax is over the device micro-batch,
+which mixes prompts; it samples at T 0.9 and scores at T 1; it needs G times the forwards. wd1++ (eafae1e):
+its weights sum to e^-m and e^m, m the mean reward, so that a group which is all right is pushed down; each
+token also counts by its probability, and each step by a further 1 / (tokens hidden); the K steps are drawn
+with replacement, the same for all rows; tokens may be masked again. results/README.md has them all.
 
 python wd1.py                          4x4 Sudoku, 32 to 38 % of the held-out boards solved in two minutes
 python wd1.py --positive_only          w+ alone imitates the group's best, and collapses
@@ -32,6 +37,7 @@ python wd1.py --plusplus               32 to 71 %, from settings of its own (PLU
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,8 +53,8 @@ class Args:
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
-    S: int = 8  # denoising steps per completion (LLM: 128)
-    block: int = 16  # tokens per block, decoded left to right (LLM: 32)
+    S: int = 8  # denoising steps per completion (LLM: 128; wd1++ 256 for L 512)
+    block: int = 16  # tokens per block, decoded left to right (LLM: 32; wd1++ 128)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; no result depends on it
@@ -56,6 +62,7 @@ class Args:
     # The method.
     plusplus: bool = False  # wd1++: score the denoising trajectory
     positive_only: bool = False  # drop w-, the push away from bad completions
+    y: Literal["sampled", "greedy"] = "sampled"  # wd1++: the one-step completions (released code: sampled)
     K: int = 4  # wd1++: denoising steps per row that stand for all S, drawn uniformly
     psi: float = 1.0  # psi, sharpness of the weights (paper: 1)
     hide_prompt: float = 0.15  # share of prompt tokens hidden in wd1's canvas (paper: 0.15)
@@ -63,10 +70,11 @@ class Args:
     # The optimizer, AdamW.
     passes: int = 8  # mu, passes per rollout, each with a new prompt mask (paper: 12; Sudoku 8; wd1++ 1)
     minibatches: int = 1  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 3e-5  # learning rate (paper: 3e-6)
-    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
-    weight_decay: float = 0.01
-    grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
+    lr: float = 3e-5  # learning rate (paper: 3e-6 with LoRA; wd1++ 1e-6)
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (wd1++ as released: 0.9, 0.999)
+    weight_decay: float = 0.01  # (released: 0.1, on LoRA's weights; wd1++ 0)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-4 of the run; wd1++ 0)
+    grad_norm: float = 1.0  # gradient clipping (paper: 0.2; wd1++ 1)
 
     def __post_init__(self):
         assert not self.plusplus or 1 <= self.K <= self.S, f"--K {self.K} must be from 1 to S = {self.S}"
@@ -90,7 +98,7 @@ def draw_steps(roll: Rollout, K: int, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clean_predictions(roll: Rollout, steps: Tensor) -> Tensor:
-    """y (B, K, L): greedy completion of the canvas before each step; for the last step, the finished row."""
+    """y (B, K, L): the guess at the canvas before each step; for a row's last step, the finished row."""
     last = roll.revealed_at.masked_fill(roll.revealed_at == roll.S, -1).amax(1, keepdim=True)  # (B, 1)
     guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, roll.guess.shape[2]))
     return torch.where((steps == last)[..., None], roll.completion[:, None], guess)
@@ -127,7 +135,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
         gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                        temperature=args.temperature, guess=args.plusplus, budget=args.budget)
+                        temperature=args.temperature, guess=args.y if args.plusplus else None,
+                        budget=args.budget)
 
         # 2 Reward: of the completions, and of what is scored, the members of a group: K of each row.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
@@ -169,23 +178,26 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     loss.backward()
                     info["loss"] += loss.item()
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 5 Log.
         run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
-# which these are the paper's settings, cut to fit a 0.6 B model on 24 GB. PLUSPLUS: with
-# that flag.
-SUDOKU = dict(updates=210)
-COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=455)
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words (LLM).
+# As in wd1's release, LLM has G, L, S, block, T, passes, lr and grad_norm. Ours are 4 prompts (theirs 8),
+# full fine-tuning at weight decay 0.01 (LoRA of rank 128 on 4-bit weights, 0.1) and no warm-up (1e-4 of the
+# steps, then constant). PLUSPLUS is with that flag. Its last is the released start_train.sh throughout, full
+# fine-tuning without warm-up included, except that a block always has 128 tokens (theirs: 128 or 512).
+SUDOKU = dict(updates=85, eval_every=20)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=180)
 LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, passes=12, lr=3e-6,
            grad_norm=0.2)
-PLUSPLUS = (dict(prompts=16, passes=1, minibatches=2, lr=2e-4, updates=200),
-            dict(L=8, S=4, block=4, passes=1, minibatches=4, updates=85),
-            LLM | dict(passes=1))
+PLUSPLUS = (dict(prompts=16, passes=1, minibatches=2, lr=2e-4, updates=100, eval_every=25),
+            dict(L=8, S=4, block=4, prompts=16, passes=1, minibatches=2, lr=2e-4, updates=160, eval_every=40),
+            dict(prompts=8, G=8, L=512, S=256, block=128, minibatches=1, temperature=0.4, K=8, passes=1,
+                 lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0))
 
 if __name__ == "__main__":
     from plumbing.run import main

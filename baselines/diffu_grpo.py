@@ -10,12 +10,14 @@ Old, reference and new policy see the same q' within a pass; each pass has its o
 contain the completion, so one forward per prompt serves all G of them. At ratio 1 this is wd1 with
 A / (G |o|) in place of its weights, and `diff wd1.py baselines/diffu_grpo.py` is what a method costs here.
 
-Read: the abstract, the project page (dllm-reasoning.github.io), a public review and the issue, not the
-paper's equations and not the code. Our reading: GRPO's mean over the tokens of a completion, then over
-completions; no std (as the issue has it); tokens behind the EOS do not count; the old log-probabilities of
-every pass are taken before the first optimizer step on a rollout.
-Differences: G times fewer forwards; minibatches; full fine-tuning; no SFT stage before RL; without a KL, rows
-of advantage 0 are not evaluated; small-batch defaults for the tiny model.
+Written without the authors' code (d1, commit 837888f) and later compared with it on the same inputs: the
+gradients are equal where all answers of a micro-batch have one length. Our reading: the old log-probabilities
+of every pass are taken before the first optimizer step on a rollout.
+Differences from that code: it pools the tokens of a micro-batch, so that a longer answer weighs more (ours:
+the mean over each answer, as the paper prints it); it samples at T 0.9 and scores at T 1; it draws a prompt
+mask for each row, in which padding may be hidden, and with gradient accumulation uses half of them (ours: one
+for a prompt, so G times fewer forwards); it trains a LoRA on 4-bit weights. Ours has minibatches and no SFT
+stage before RL; without a KL it does not evaluate rows of advantage 0; its defaults are for the tiny model.
 
 python baselines/diffu_grpo.py                   4x4 Sudoku, 32 to 37 % in two minutes
 python baselines/diffu_grpo.py --hide_prompt 0   the whole prompt shown: every pass sees the same canvas
@@ -39,7 +41,7 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 class Args:
     # The rollout.
     prompts: int = 32  # prompts per rollout
-    G: int = 8  # samples per prompt (a group)
+    G: int = 8  # samples per prompt (a group; released: 6)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
@@ -49,15 +51,16 @@ class Args:
 
     # The method.
     hide_prompt: float = 0.15  # share of prompt tokens hidden (paper: 0.15)
-    eps: float = 0.2  # clip (paper: not read)
-    beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+    eps: float = 0.2  # clip (released: 0.5)
+    beta: float = 0.0  # weight of the KL to the model before training (released: 0.04); 0: no reference
 
     # The optimizer, AdamW.
-    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (wd1: 12; Sudoku 8)
+    passes: int = 8  # mu, passes per rollout, each with a new prompt mask (released: see LLM)
     minibatches: int = 1  # optimizer steps per pass, each on whole groups
     lr: float = 3e-5  # learning rate
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # (released: 0.1)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-4 of the run)
     grad_norm: float = 1.0  # gradient clipping
 
     def __post_init__(self):
@@ -163,19 +166,21 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     info["loss"] += loss.item()
                     info["clip_frac"] += (was_clipped & valid).sum().item() / scored
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 6 Log.
         run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
-# which these are wd1's settings, whose likelihood it is (d1's were not read).
-SUDOKU = dict(updates=150)
-COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, updates=290)
-LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, passes=12, lr=3e-6,
-           grad_norm=0.2)
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
+SUDOKU = dict(updates=60, eval_every=15)
+COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, updates=120, eval_every=30)
+# Released (d1, commit 837888f): G, eps, beta, mu (Sudoku and Countdown: 8), weight decay; and T, but for
+# rollouts alone. Ours: 4 prompts, theirs 16; all weights, theirs a LoRA of rank 128 on 4-bit weights; no
+# warm-up, theirs 1e-4 of the run. L, S, block, lr and clip are those of wd1's script.
+LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, eps=0.5, beta=0.04,
+           passes=12, lr=3e-6, weight_decay=0.1, grad_norm=0.2)
 
 if __name__ == "__main__":
     from plumbing.run import main

@@ -5,30 +5,36 @@ likelihood, exactly, a product of probabilities each with everything behind the 
 applies:
 
     loss = mean over rows of (1 / L) sum over tokens t of [-min(rho A, clip(rho, 1 -+ eps) A) + beta k3]
-    rho  = p_theta(o_t | q, o_<t, rest hidden) / p_old(...),   A = R - mean R of the group
+    rho  = p_theta(o_t | q, o_<t, rest hidden) / p_old(...),   A = (R - mean R) / (std R + 1e-4) of the group
 
-At theta_old its expectation is the exact policy gradient of that order (tests/test_baselines.py, by
-enumeration). GRPO's own normalisers, the std of the group and the length of each answer, bias it;
-`--grpo_norm` has them. It is `egspo.py --lam 0 --select all` where a step reveals the next token, so it costs
-what EGSPO would with K = L: L canvases a row, less what rows share, which of a prefix is much.
+The mean is over the rows of advantage other than 0, as in the authors' code; with a KL it is over all. Where
+one step is made on a rollout, as by the authors, rho is 1 and the clip never acts. The four minibatches that
+suit the tiny model make real ratios.
+
+`--normalise none` leaves out the std and takes the mean over all rows. Its expectation at theta_old is the
+exact policy gradient of that order (tests/test_baselines.py, by enumeration). It is then `egspo.py --lam 0
+--select all` where a step reveals the next token, so it costs what EGSPO would with K = L: L canvases a row,
+less what rows share, which of a prefix is much.
 
 EVALUATION is that of all methods: S steps, most certain first. --S and --block are its settings alone; what
 is learned in one order is used in another, which is the paper's claim ("fully retaining the parallel decoding
 ability"). It is about mathematics and code: for Sudoku its abstract says that free order helps.
 
-Read: the abstracts (arXiv, ICML 2026), the project page, the opening of the repository's README and the
-issue, not the paper's equations and not the code. Our reading: rollouts are the sampler's with blocks of one
-token, so a row ends with its first EOS; the old log-probabilities are those recorded by it.
-Differences: the normalisers; minibatches; full fine-tuning; without a KL, tokens of rows of advantage 0 are
-not evaluated; small-batch defaults for the tiny model.
+Written without the authors' code (commit eebe50e) and later compared with it on the same inputs: for one
+advantage on both sides the gradients are equal. The old log-probabilities are those the sampler recorded.
+Differences from that code: it samples and scores all L tokens, as if there were no EOS (ours: blocks of one
+token, and a row ends with its first EOS); it counts the rows of advantage other than 0 on each device and
+averages that (ours: in each minibatch); it has no KL. Ours has minibatches; without a KL it does not evaluate
+rows of advantage 0; its defaults are for the tiny model.
 
 python baselines/just_grpo.py                    4x4 Sudoku, 32 to 36 % in two minutes
-python baselines/just_grpo.py --grpo_norm        GRPO's own normalisers
+python baselines/just_grpo.py --normalise none   the exact policy gradient of its order
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +50,7 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 class Args:
     # The rollout.
     prompts: int = 16  # prompts per rollout
-    G: int = 16  # samples per prompt (a group)
+    G: int = 16  # samples per prompt (a group; released: 16)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps of an evaluation; a rollout takes L, a token each (LLM: 128)
     block: int = 16  # tokens per block in an evaluation; 1 in a rollout (LLM: 32)
@@ -53,27 +59,29 @@ class Args:
     budget: int = 8448  # most tokens in one forward; no result depends on it
 
     # The method.
-    grpo_norm: bool = False  # divide by the group's std and by each answer's length, as GRPO does: biased
-    eps: float = 0.2  # clip (paper: not read)
-    beta: float = 0.0  # weight of the KL to the model before training (paper: not read); 0: no reference
+    normalise: Literal["released", "none"] = "released"  # none: no std, and the mean over all rows
+    eps: float = 0.2  # clip (released: never acts, since the ratio is 1)
+    beta: float = 0.0  # weight of the KL to the model before training (released: none); 0: no reference
 
     # The optimizer, AdamW.
     passes: int = 1  # passes over the tokens of a rollout
-    minibatches: int = 4  # optimizer steps per pass, each on whole groups
-    lr: float = 1e-4  # learning rate
-    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments
-    weight_decay: float = 0.01
-    grad_norm: float = 1.0  # gradient clipping
+    minibatches: int = 4  # optimizer steps per pass, each on whole groups (released: 1)
+    lr: float = 1e-4  # learning rate (released: 5e-6)
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (released: 0.9, 0.999)
+    weight_decay: float = 0.01  # (released: 0)
+    warmup: int = 0  # optimizer steps until the learning rate is whole (released: 0)
+    grad_norm: float = 1.0  # gradient clipping (released: 0.125 in this file's scale)
 
     def __post_init__(self):
         assert self.eps <= 1, "--eps must be at most 1: a ratio is never below 0"
 
 
-def advantage(reward: Tensor, G: int, grpo_norm: bool) -> Tensor:
-    """R minus the group's mean, in GRPO divided by its std; exactly 0 where a whole group is equal. (B,)."""
+def advantage(reward: Tensor, G: int, normalise: str) -> Tensor:
+    """(R - the group's mean) / (its std + 1e-4), or without the division; exactly 0 where a whole group is
+    equal. (B,)."""
     group = reward.view(-1, G)
     equal = group.amax(1, keepdim=True) == group.amin(1, keepdim=True)
-    scale = group.std(1, keepdim=True) if grpo_norm else 1.0
+    scale = group.std(1, keepdim=True) + 1e-4 if normalise == "released" else 1.0
     return ((group - group.mean(1, keepdim=True)) / scale).masked_fill(equal, 0.0).flatten()
 
 
@@ -117,8 +125,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
 
         # 3 Advantage.
-        adv = advantage(reward, args.G, args.grpo_norm)  # (B,)
-        length = roll.valid.sum(1) if args.grpo_norm else torch.full_like(roll.completion[:, 0], args.L)
+        adv = advantage(reward, args.G, args.normalise)  # (B,)
 
         # 4 Update, on the canvas of each token, which hides it and all behind it.
         behind = torch.ones(args.L, args.L, dtype=torch.bool, device=model.device).triu()  # t and after
@@ -131,6 +138,9 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
             gen = generator("cpu", args.seed, "pass", update, epoch)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
+                # The rows of the mean: all of the minibatch, or those it scores.
+                every = len(rows) / args.minibatches
+                count = every if args.normalise == "none" else batch[:, 0].unique().numel()
                 for part in micro_batches(model, batch, x, args.budget):
                     r, t = part.unbind(1)
                     logp = token_logp(model, x[r, t], roll[r], t, args.temperature)  # (M,)
@@ -141,23 +151,26 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                         kl = k3(logp, logp_ref)
                         loss = loss + args.beta * kl
                         info["kl"] += kl.sum().item() / len(batch)
-                    loss = (loss / length[r]).sum() * args.minibatches / len(rows)  # mean over rows
+                    loss = loss.sum() / (args.L * count)
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.sum().item() / len(batch)
                 info = model.total(info)  # over the processes, if there are several
-                info["grad_norm"] = run.step(info["loss"], args.grad_norm)
+                info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
         # 5 Log.
         run.log(rollout_metrics(roll, reward, parts, args.G), infos)
 
 
-# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words, for
-# which these are EGSPO's settings (JustGRPO's were not read); a row takes L forwards.
-SUDOKU = dict(updates=48)
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=32, G=8, updates=130)
-LLM = dict(prompts=2, G=8, L=256, S=128, block=32, minibatches=1, temperature=0.9, lr=1e-6, grad_norm=0.2)
+# Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words; a row
+# takes L forwards.
+SUDOKU = dict(updates=20, eval_every=5)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=32, G=8, updates=52, eval_every=13)
+# Released (commit eebe50e): G, T, lr, AdamW, one step on a rollout, no warm-up, all weights, and clip, theirs
+# 1 for the sum of 8 micro-batches. Ours: 2 prompts, theirs 64; L, S and block, which are EGSPO's.
+LLM = dict(prompts=2, G=16, L=256, S=128, block=32, minibatches=1, temperature=1.0, lr=5e-6,
+           betas=(0.9, 0.999), weight_decay=0.0, grad_norm=0.125)
 
 if __name__ == "__main__":
     from plumbing.run import main

@@ -6,7 +6,8 @@ No Monte Carlo: the sampler is led down every path, groups of 4 are all multiset
 and masks are summed over. All at theta_old, where ratios are 1, by the methods' own functions, settings and
 sampling (RLDF's has threshold 0.9, JustGRPO's blocks of one token), against the exact gradient of E[R] under
 that sampling. Simplified: RLDF draws one step or mask for a row, its normaliser a constant as in a large
-batch; GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO and wd1 could hide some.
+batch; wd1++ has greedy completions; GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO
+and wd1 could hide some.
 
     cosine    of the angle between expected update u and gradient g: mean and lowest over the models
     bias      |u - a g| / |a g| with the best a: the tangent of the angle, median
@@ -53,7 +54,15 @@ MASKS = torch.cartesian_prod(*[torch.tensor([False, True])] * L)  # (8, L)
 
 
 def egspo_update(model, roll, draw, value, K=S, select="entropy", lam=0.0, baseline="step"):
-    steps, taken = egspo.select_steps(roll, K, ORDERS[draw] if select == "uniform" else None)  # (O, K)
+    share = weight = torch.ones(len(draw), 1)
+    if select == "importance":  # draw is a number of K digits, the steps
+        digits = draw[:, None] // S ** torch.arange(K) % S  # (O, K)
+        P = roll.entropy.gather(1, roll.revealed_at.argsort(1))  # of each step, which reveals one token
+        P = P / P.sum(1, keepdim=True)
+        share = P.gather(1, digits)
+        steps, taken, weight = egspo.draw_steps(roll, (P.cumsum(1) - P / 2).gather(1, digits))
+    else:
+        steps, taken = egspo.select_steps(roll, K, ORDERS[draw] if select == "uniform" else None)  # (O, K)
     guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, L))
     reward, guess_reward = value[roll.completion @ ANSWER], value[guess @ ANSWER]
     hidden = roll.revealed_at[:, None] >= steps[..., None]  # (O, K, L)
@@ -64,7 +73,8 @@ def egspo_update(model, roll, draw, value, K=S, select="entropy", lam=0.0, basel
         adv = egspo.stepwise_advantage(reward[o], guess_reward[o], steps[o], taken[o], G, S, lam, baseline)
         return egspo.policy_loss(at, at.detach(), adv, 0.2, 0.5)[0]
 
-    return torch.ones(len(draw)), logp, hidden, loss
+    hidden[:, 1:][steps[:, 1:] == steps[:, :-1]] = False  # a step that was drawn twice is evaluated once
+    return share.prod(1), logp * weight, hidden, loss
 
 
 def rldf_update(model, roll, draw, value, select="surprise", masks="sequential", p_min=0.6):
@@ -102,12 +112,12 @@ def mask_noise(draw):
     return torch.cat([(draw[:, None] // 6 + 0.5) / (L + 1), ORDERS[draw % 6]], 1)[:, None]
 
 
-def gdsd_update(model, roll, draw, value, match):
+def gdsd_update(model, roll, draw, value, match, weights="pair"):
     hidden = gdsd.mask_pairs(roll.valid, mask_noise(draw))[:, 0]  # (O, 2, L)
-    c = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, 1.0)[:, None]
+    c, _ = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, 1.0, weights)
     reward = value[roll.completion @ ANSWER]
-    return torch.ones(len(draw)), c, hidden, lambda at, o: gdsd.distillation_loss(
-        at, at.detach(), at.detach(), gdsd.advantage(reward[o], G)[:, None], 0.2, 0.0)
+    return torch.ones(len(draw)), c[:, None], hidden, lambda at, o: gdsd.distillation_loss(
+        at, at.detach(), gdsd.advantage(reward[o], G)[:, None], 0.2, at, at.detach(), 0.0)
 
 
 def diffu_grpo_update(model, roll, draw, value):
@@ -126,14 +136,14 @@ def espo_update(model, roll, draw, value):
         at, at.detach(), L, espo.advantage(reward[o], G)[:, None], 0.2)[0]
 
 
-def just_grpo_update(model, roll, draw, value, grpo_norm=False):
+def just_grpo_update(model, roll, draw, value, normalise="released"):
     place = torch.arange(L)
     hidden = (place >= place[:, None]).expand(len(draw), -1, -1)  # (O, L, L)
     x = canvas(roll, hidden)
     logp = [just_grpo.token_logp(model, x[:, t], roll, place[t].expand(len(draw)), 1.0) for t in range(L)]
     reward = value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), torch.stack(logp, 1), hidden, lambda at, o: just_grpo.token_loss(
-        at, at.detach(), just_grpo.advantage(reward[o], G, grpo_norm)[:, None], 0.2)[0]
+        at, at.detach(), just_grpo.advantage(reward[o], G, normalise)[:, None], 0.2)[0]
 
 
 TOP_PROB, CONFIDENCE, THRESHOLD = ("top_prob", None), ("confidence", None), ("confidence", 0.9)
@@ -143,8 +153,10 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "EGSPO, order confidence": (CONFIDENCE, egspo_update, 1, {}),
     "EGSPO, K 2 of 3": (TOP_PROB, egspo_update, 1, dict(K=2)),
     "EGSPO, K 2 of 3, uniform": (TOP_PROB, egspo_update, 6, dict(K=2, select="uniform")),
+    "EGSPO, K 2 of 3, importance": (TOP_PROB, egspo_update, S**2, dict(K=2, select="importance")),
     "EGSPO, K 1 of 3": (TOP_PROB, egspo_update, 1, dict(K=1)),
     "EGSPO, K 1 of 3, uniform": (TOP_PROB, egspo_update, 6, dict(K=1, select="uniform")),
+    "EGSPO, K 1 of 3, importance": (TOP_PROB, egspo_update, S, dict(K=1, select="importance")),
     "EGSPO-SA": (TOP_PROB, egspo_update, 1, dict(lam=0.5)),
     "EGSPO-SA, rank": (TOP_PROB, egspo_update, 1, dict(lam=0.5, baseline="rank")),
     "EGSPO-SA, K 2 of 3": (TOP_PROB, egspo_update, 1, dict(lam=0.5, K=2)),
@@ -157,11 +169,13 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "wd1": (TOP_PROB, wd1_update, 1, {}),
     "wd1, positive only": (TOP_PROB, wd1_update, 1, dict(positive_only=True)),
     "GDSD": (TOP_PROB, gdsd_update, 24, dict(match="logp")),
+    "GDSD, elbo": (TOP_PROB, gdsd_update, 24, dict(match="logp", weights="elbo")),
     "GDSD-TLC": (TOP_PROB, gdsd_update, 24, dict(match="tlc")),
+    "GDSD-TLC, elbo": (TOP_PROB, gdsd_update, 24, dict(match="tlc", weights="elbo")),
     "diffu-GRPO": (TOP_PROB, diffu_grpo_update, 1, {}),
     "ESPO": (TOP_PROB, espo_update, 24, {}),
     "JustGRPO": (LEFT_TO_RIGHT, just_grpo_update, 1, {}),
-    "JustGRPO, std": (LEFT_TO_RIGHT, just_grpo_update, 1, dict(grpo_norm=True)),
+    "JustGRPO, no std": (LEFT_TO_RIGHT, just_grpo_update, 1, dict(normalise="none")),
 }
 
 

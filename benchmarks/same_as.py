@@ -38,7 +38,7 @@ def commands() -> list[str]:
 def outcome(tree: Path, command: str, out: Path) -> tuple[list[dict], str]:
     """metrics.jsonl without the clock, and a digest of the final weights."""
     script, *flags = command.split()
-    base = ROOT / "results" / "bases" / re.search(r"--task (\w+)", command)[1]
+    base = ROOT / "plumbing" / "bases" / (re.search(r"--task (\w+)", command)[1] + "-0")
     done = subprocess.run(
         [sys.executable, script, *flags, "--model", base, "--out", out], cwd=tree, capture_output=True,
         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

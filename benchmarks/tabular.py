@@ -57,7 +57,7 @@ def every_rollout(
     none = tokens[:, 0, :0]
     with mock.patch.object(common, "group_noise", lambda *_: next(noise)):
         roll = common.denoise(model, none, none.bool(), [None], L=L, S=S, block=block, order=order,
-                              threshold=threshold, guess=True)
+                              threshold=threshold, guess="greedy")
     hidden = roll.revealed_at[:, None] >= torch.arange(S)[:, None]  # (rows, S, L)
     inside = torch.arange(L) // block == torch.arange(S)[:, None] // block  # (S, L) step s is in this block
     target = torch.zeros_like(hidden, dtype=torch.long)

@@ -3,8 +3,8 @@
 RL cannot teach new logic in minutes. It brings out what a model knows and does not show. So a base first
 learns to KNOW its task, from right demonstrations: every board is the solution, every expression hits the
 target. Then it learns to be CARELESS, from demonstrations of a solver that fills each row with its missing
-digits in any order, or writes any expression over the numbers. It stops the first time it SHOWS no more than
-a quarter of the answers: a longer second phase would teach carelessness as if it were the task.
+digits in any order, or writes any expression over the numbers. This stops the first time it SHOWS no more
+than about a quarter of the answers: for longer, it would learn carelessness as if that were the task.
 
 What a base knows is the ceiling of RL, so it is measured at the end of phase one and written, with what the
 base shows, into its config.json. Validation rows alone decide when a phase stops. They are neither in the

@@ -3,12 +3,13 @@
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from common import Denoiser, Task, until_eos
+from common import Denoiser, Task, answer_texts
 
 # of an evaluation, for the trace: fields of its Rollout (B, L); of its rewards (B,)
 SHOWN = ("completion", "revealed_at", "logp", "entropy", "reward", "correct", "parse_fail")
@@ -28,12 +29,14 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers
     print(" " * 26 + "".join(f"{name:>10}" for name in columns))
     labels = {"accuracy": "solved, %", "reward": "mean reward, %", "parse_fail": "unreadable, %"}
     for kind, decoding in (("eval", ""), ("threshold", ", adaptive")):
-        if all(f"{kind}_accuracy" in column for column in columns.values()):
+        shown = [column for column in columns.values() if f"{kind}_accuracy" in column]
+        gap = " " * 10 * (len(columns) - len(shown))  # the earlier column may lack what the later one has
+        if shown:
             for key, label in labels.items():
-                row = "".join(f"{100 * column[f'{kind}_{key}']:10.1f}" for column in columns.values())
-                print(f"{label + decoding:<26}{row}")
-            row = "".join(f"{column[f'{kind}_nfe_per_row']:10.2f}" for column in columns.values())
-            print(f"{'forwards per row' + decoding:<26}{row}")
+                row = "".join(f"{100 * column[f'{kind}_{key}']:10.1f}" for column in shown)
+                print(f"{label + decoding:<26}{gap}{row}")
+            row = "".join(f"{column[f'{kind}_nfe_per_row']:10.2f}" for column in shown)
+            print(f"{'forwards per row' + decoding:<26}{gap}{row}")
     error = max((c["eval_accuracy"] * (1 - c["eval_accuracy"]) / n) ** 0.5 for c in columns.values())
     print(f"(standard error of a solved share: {100 * error:.1f} points)")
     for label, correct in (("solved", 1.0), ("failed", 0.0)):
@@ -45,8 +48,19 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers
         print("\n\n".join("\n".join(f"   {line}" for line in block) for block in blocks))
 
 
+def comparable(lines: list[dict]) -> list[dict]:
+    """The lines of metrics.jsonl without the evaluations that do not compare with the last one: of another
+    number of rows and, of adaptive decoding, with another threshold."""
+    last = [line for line in lines if "eval_accuracy" in line][-1]
+    kept = [line for line in lines if line.get("eval_rows", last["eval_rows"]) == last["eval_rows"]]
+    threshold = last.get("eval_threshold")
+    return [{k: v for k, v in line.items()
+             if not k.startswith("threshold_") or line.get("eval_threshold") == threshold} for line in kept]
+
+
 def pyplot():
     """matplotlib, for files alone; imported when something is drawn, because that takes its time."""
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib cannot be imported while one stands there that it lacks
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,11 +91,13 @@ def plot(lines: list[dict], file: Path, title: str):
         if points(key):
             axes.plot(*zip(*points(key, 100), strict=True), label=label, **look)
     solved = points("eval_accuracy", 100)
-    (_, first), (end, last) = solved[0], solved[-1]
-    axes.axhline(first, color="0.6", lw=1, ls=":")
-    axes.annotate(f"{first:.1f} % before", (end, first), (0, -12), textcoords="offset points", ha="right")
+    (start, first), (end, last) = solved[0], solved[-1]
+    if start == 0:
+        axes.axhline(first, color="0.6", lw=1, ls=":")
+        axes.annotate(f"{first:.1f} % before", (end, first), (0, -12), textcoords="offset points", ha="right")
     axes.annotate(f"{last:.1f} %", (end, last), (0, 7), textcoords="offset points", ha="right")
-    axes.set(ylabel="%", title=title, ylim=(0, 100))
+    axes.set(ylabel="%", ylim=(0, 100))
+    axes.set_title(title, parse_math=False)  # the name of a file may hold a $
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, loc="lower right", fontsize="small")
     right = left.twinx()
@@ -152,7 +168,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 def trace_column(model: Denoiser, task: Task, row: dict, shown: dict[str, Tensor], i: int, S: int) -> dict:
     """Row i of an evaluation as the page shows it."""
     completion, steps = shown["completion"][i], shown["revealed_at"][i].tolist()
-    text = model.tokenizer.decode(completion[until_eos(completion, model.end_ids)], skip_special_tokens=True)
+    text, = answer_texts(model, completion[None])
     drawn = task.draw(text, row)
 
     def numbers(values: Tensor) -> list[float | None]:  # none where no step revealed a token; JSON has no NaN
@@ -199,5 +215,5 @@ def trace(file: Path, model: Denoiser, task: Task, args, columns: dict[str, dict
                  f"block {args.block}, order top_prob. Below are the first of each kind.",
         "columns": list(columns), "counts": {kind: len(found) for kind, found in kinds.items()},
         "end": model.tokenizer.batch_decode([[i] for i in model.end_ids]), "rows": rows}
-    template = Path(__file__).with_name("trace.html").read_text()
-    file.write_text(template.replace("{{data}}", packed(data), 1))
+    template = Path(__file__).with_name("trace.html").read_text(encoding="utf-8")
+    file.write_text(template.replace("{{data}}", packed(data), 1), encoding="utf-8")

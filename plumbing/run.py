@@ -2,15 +2,18 @@
 
 `main` is what each script calls. It hands `train` of the method a FolderRun, which extends the plain Run of
 common.py with checkpoints, evaluation, a clock, counters, a log and ctrl-C. The table, the boards, the curve
-and the trace at the end of a run are in report.py.
+and the trace at the end of a run are in report.py, the files of a run folder in folder.py.
 """
 
+import contextlib
 import fcntl
+import functools
 import importlib
 import inspect
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,14 +25,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import tasks
-from common import Denoiser, Run, Task, encode, reward_rows, roll_out
+from common import Denoiser, Run, Task, attention, chat_prompt, encode, reward_rows, roll_out
 from plumbing import parallel
-from plumbing.flags import parse_args
+from plumbing.flags import parse_args, reads_data
+from plumbing.folder import fingerprint, load_checked, read_lines, write_through, write_whole
 from plumbing.parallel import one_line, refuse
-from plumbing.report import SHOWN, plot, print_report, trace
+from plumbing.report import SHOWN, comparable, plot, print_report, trace
+from plumbing.surroundings import settle
 
 
 def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, **variants: tuple) -> float:
@@ -37,14 +43,25 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
 
     train(args, model, task, run) is the method, Args its settings. sudoku, countdown, llm and variants: what
     a run starts from, see flags.parse_args."""
-    method = Path(inspect.getfile(train)).stem
-    args, settings = parse_args(Args, method, sudoku, countdown, llm, **variants)
-    model, task = setup(settings)
-    if settings.eval_only:
-        return evaluate_only(settings, model, task)
-    run = FolderRun(settings, method, task)
-    train(args, model, task, run)
-    return run.finish()
+    settle()
+    method, begun = Path(inspect.getfile(train)).stem, False
+    try:
+        args, settings = parse_args(Args, method, sudoku, countdown, llm, **variants)
+        model, task = setup(settings)
+        begun = True
+        if settings.eval_only:
+            return evaluate_only(settings, model, task)
+        run = FolderRun(settings, method, task)
+        train(args, model, task, run)
+        return run.finish()
+    except KeyboardInterrupt:  # before the first update or after the last one; between them see interrupt()
+        print("\nstopped by ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:  # a name too long, a folder that was moved, deleted or made read-only meanwhile
+        if not begun:
+            refuse(one_line(error))
+        parallel.after_rank_0()
+        sys.exit(f"error: {one_line(error)}")
 
 
 # --------------------------------------------------------------------- model and task of the command line
@@ -53,23 +70,42 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
 def setup(settings: SimpleNamespace) -> tuple[Denoiser, Task]:
     """The model and the task, after saying what they take. Refuses what cannot work before it is loaded."""
     # here, because transformers takes seconds, and --help does without
-    from plumbing.models import load_model, plan
+    from plumbing.models import load_model, locate, plan
 
     name = settings.model
     if name == "tiny":
         from plumbing.pretrain import kept_base
 
         name = str(kept_base(settings.task))
+    check_files(settings, {
+        "model": name, "task": settings.task if settings.task.endswith(".py") else "",
+        "data": settings.data if reads_data(settings) else "", "test_data": settings.test_data})
     device = parallel.start()
-    arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "fp32 (no CUDA GPU found)"
+    arithmetic = "fp32 weights, bf16 matrix products" if device.type == "cuda" else "no CUDA GPU found"
     others = f", rank 0 of {parallel.world()}" if "WORLD_SIZE" in os.environ else ""
     print(f"device {device}{others}: {arithmetic}", flush=True)
     sharded, keep_whole = plan(name, settings, device)
     model = load_model(name, "cpu" if sharded else device, settings.revision, settings.mask_id,
                        settings.gradient_checkpointing)
+    if not os.path.isdir(name):
+        check_files(settings, {"model": locate(name, settings.revision)})  # of the hub, and only now here
     with_twin = vars(settings).get("beta", 0) > 0 and not settings.eval_only
     model = parallel.spread(model, device, sharded, keep_whole, with_twin)
     return model, load_task(settings, model)
+
+
+def check_files(settings: SimpleNamespace, places: dict[str, str]):
+    """Take the fingerprints of what the run reads; refuse what is not what a resumed run began with.
+
+    places: of a setting, the file or folder that is meant; what is none, or not here yet, has none."""
+    try:
+        found = {name: fingerprint(place) for name, place in places.items() if os.path.exists(place)}
+    except OSError as error:
+        refuse(f"cannot read what the run needs: {one_line(error)}")
+    changed = [name for name in found if found[name] != settings.fingerprints.get(name, found[name])]
+    if changed:
+        refuse("; ".join(f"--{name} {places[name]} is not what the run began with" for name in changed))
+    settings.fingerprints = settings.fingerprints | found
 
 
 def load_task(settings: SimpleNamespace, model: Denoiser) -> Task:
@@ -80,8 +116,7 @@ def load_task(settings: SimpleNamespace, model: Denoiser) -> Task:
     except ValueError as error:
         refuse(str(error))
     task.test = task.test[: settings.eval_rows]
-    longest = sorted((row["prompt"] for row in task.train + task.test), key=len)[-256:]
-    P = encode(model, longest)[0].shape[1]
+    P = longest_prompt(model, [row["prompt"] for row in task.train + task.test])
     room = model.network.config.max_position_embeddings
     if P + settings.L > room:
         refuse(f"the longest prompt has {P} tokens, --L is {settings.L}: "
@@ -89,6 +124,23 @@ def load_task(settings: SimpleNamespace, model: Denoiser) -> Task:
     if settings.prompts > len(task.train) and not settings.eval_only:
         refuse(f"--prompts {settings.prompts}: {settings.task} has only {len(task.train)} training prompts")
     return task
+
+
+def longest_prompt(model: Denoiser, texts: list[str]) -> int:
+    """Tokens of the longest prompt. All are looked at: characters do not tell, one may be several tokens.
+
+    Refuses a text that the tokenizer has no tokens for."""
+    longest = 0
+    try:
+        for first in range(0, len(texts), 1024):  # at once, in its threads: 1.5 s for all of gsm8k
+            part = texts[first : first + 1024]
+            if model.tokenizer.chat_template:
+                part = [chat_prompt(model, text) for text in part]
+            longest = max(longest, *map(len, model.tokenizer(part, add_special_tokens=False)["input_ids"]))
+    except Exception as error:  # of any kind: tokenizers raises bare ones
+        refuse(f"a prompt between row {first + 1} and {first + len(part)} cannot be read by the model: "
+               f"{one_line(error)}")
+    return longest
 
 
 # --------------------------------------------------------------------------------------------- evaluation
@@ -136,14 +188,13 @@ def keep_answers(
 
 def evaluate_only(settings: SimpleNamespace, model: Denoiser, task: Task) -> float:
     """--eval_only: print the report of the model as it is; returns the held-out accuracy."""
-    out, update = Path(settings.out), 0
-    if settings.resume and (out / "state.pt").is_file():
-        update = load_state(out, model)["update"]
+    out = Path(settings.out)
+    update = load_checkpoint(settings, model)["update"] if settings.resume else 0
     metrics, answers, shown = evaluate(settings, model, task)
-    print_report(task, settings, {f"update {update}": metrics}, answers)
     out.mkdir(parents=True, exist_ok=True)
     keep_answers(settings, model, update, metrics, answers)
     write_trace(settings, model, task, update, shown)
+    print_report(task, settings, {f"update {update}": metrics}, answers)
     print(f"\n{out}/evals.jsonl has this evaluation with its settings and answers; "
           f"{out}/trace.html shows the step that revealed each token")
     return metrics["eval_accuracy"]
@@ -153,25 +204,54 @@ def write_trace(settings: SimpleNamespace, model: Denoiser, task: Task, update: 
     """trace.html in the run folder: `shown` of an evaluation beside that of update 0, if it is there."""
     if parallel.rank():
         return
-    name = f"after update {update}" if update else "the model as it is"
-    columns, before = {name: shown}, Path(settings.out) / "before.pt"
+    columns = {f"after update {update}" if update else "the model as it is": shown}
+    file, before = Path(settings.out) / "trace.html", Path(settings.out) / "before.pt"
     if update and before.exists():
         try:
-            kept = torch.load(before, weights_only=True)
-            columns = {"before": {name: kept[name] for name in SHOWN}} | columns
-        except Exception as error:  # of any kind: the file may be anything
+            return trace(file, model, task, settings, {"before": read_shown(before, shown)} | columns)
+        except Exception as error:  # of any kind: the file may hold anything
             print(f"{before} cannot be read, trace.html shows update {update} alone: {one_line(error)}")
-    trace(before.with_name("trace.html"), model, task, settings, columns)
+    trace(file, model, task, settings, columns)
+
+
+def read_shown(file: Path, like: dict) -> dict:
+    """What an evaluation showed, of as many rows as `like` or other ones; ValueError for other shapes."""
+    kept = load_checked(file)
+    for name in SHOWN:
+        if kept[name].dtype != like[name].dtype or kept[name].shape[1:] != like[name].shape[1:]:
+            raise ValueError(f"{name} is {kept[name].dtype} of {tuple(kept[name].shape)}")
+    if len({len(kept[name]) for name in SHOWN}) > 1:
+        raise ValueError("its parts are of different rows")
+    return {name: kept[name] for name in SHOWN}
 
 
 # -------------------------------------------------------------------------------------------------- a run
 
 
+NFE = ("nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full")  # as Denoiser.counts has them
+COUNTED = (*NFE, "optimizer_steps", "skipped", "seconds")  # over the whole run
+
+
+def load_checkpoint(
+    settings: SimpleNamespace, model: Denoiser, optimizer: torch.optim.Optimizer | None = None
+) -> dict:
+    """load_state() of the run's newest checkpoint. A run without one is at update 0, unless it had saved one:
+    that is missed, then, and nothing is begun."""
+    file, rest = Path(settings.out) / "state.pt", {"update": 0, "counters": {}, "metrics_bytes": 0}
+    if file.exists():
+        rest = load_state(file.parent, model, optimizer)
+    if rest["update"] < settings.saved:
+        there = f"of update {rest['update']}" if file.exists() else "not there"
+        refuse(f"{settings.out} has saved update {settings.saved}, and {file} is {there}: put it back")
+    return rest
+
+
 def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Read the checkpoint of a run folder into the model and, if given, the optimizer; returns the rest."""
-    try:  # mmap: without an optimizer two thirds of the file are never read
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True,
-                           mmap=optimizer is None or isinstance(model, parallel.Sharded))
+    """Read the checkpoint of a run folder into the model and, if given, the optimizer; returns the rest.
+    Refuses what is not as it was written."""
+    file = out / "state.pt"
+    try:  # mmap: 96 GB at 8 B parameters, which are never in the machine's memory all at once
+        state = load_checked(file, map_location="cpu", check=parallel.rank() == 0, mmap=True)
         shards, saved = model.network.state_dict(), state.pop("network")
         model.network.load_state_dict({k: parallel.like(v, shards.get(k)) for k, v in saved.items()})
         if optimizer:
@@ -179,12 +259,17 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
                 moments = state["optimizer"]["state"].get(i, {})
                 moments.update({k: parallel.like(v, p) for k, v in moments.items() if v.shape == p.shape})
             optimizer.load_state_dict(state["optimizer"])
-        return {k: state[k] for k in ("update", "counters", "metrics_bytes")}
+        rest = {k: state[k] for k in ("update", "counters", "metrics_bytes")}
+        numbers = [rest["update"], rest["metrics_bytes"], *(rest["counters"][k] for k in COUNTED)]
+        if type(rest["update"]) is not int or not all(n >= 0 for n in numbers):
+            raise ValueError(f"its counters are {numbers}")
+        return rest
     except Exception as error:  # of any kind: the file may be anything
-        refuse(f"{out / 'state.pt'} cannot be used: {one_line(error)}")
+        refuse(f"{file} cannot be used: {one_line(error)}")
 
 
-NFE = ("nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full")  # as Denoiser.counts has them
+# A signal after which a run saves and stops: ctrl-C, kill, a closed terminal, and what schedulers warn with.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class FolderRun(Run):
@@ -197,10 +282,11 @@ class FolderRun(Run):
         self.settings, self.method, self.task = settings, method, task
         self.out = Path(settings.out)
         self.update = 0  # updates done
-        self.saved = 0  # the update of the newest checkpoint; 0 is the model the run started from
-        self.counters = Counter(dict.fromkeys((*NFE, "optimizer_steps", "skipped", "seconds"), 0))
+        self.saved = 0  # the update of the newest state.new or state.pt; 0: the model the run started from
+        self.counters = Counter(dict.fromkeys(COUNTED, 0))
         self.skipped_in_a_row = 0
-        self.interrupted = False
+        self.interrupted = 0.0  # when it was asked to stop
+        self.tracker = settings.track  # None once it has failed; a resumed run tries again
         self.writes = parallel.rank() == 0
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.out, os.O_RDONLY)
@@ -217,95 +303,132 @@ class FolderRun(Run):
 
         The weights of a checkpoint are read here, when the loop begins, so that whatever the method copied
         from the model before it is the model before training."""
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.lr = model, optimizer, optimizer.param_groups[0]["lr"]
         self.begin()
         while not self.boundary():
+            if model.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             self.counts_before, self.update_began = model.counts.copy(), time.perf_counter()
             yield self.update
 
     def begin(self):
         """Start the clock, in a new folder or where its checkpoint (none: the first update) left it."""
-        logged = 0
-        if (self.out / "state.pt").is_file():
-            state = load_state(self.out, self.model, self.optimizer)
-            self.update, logged = state["update"], state["metrics_bytes"]
-            self.counters = Counter(state["counters"])
+        state = load_checkpoint(self.settings, self.model, self.optimizer)
+        self.update = self.saved = self.first = state["update"]
+        self.counters.update(state["counters"])
+        if self.update > self.settings.updates:
+            refuse(f"{self.out} has made {self.update} updates, more than --updates {self.settings.updates}")
         if self.writes:
-            self.prepare(logged)
-        self.saved = self.update
-        self.started = time.perf_counter() - self.counters["seconds"]
-        signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, self.interrupt)
+            try:
+                self.prepare(state["metrics_bytes"])
+            except OSError as error:
+                refuse(f"{self.out} cannot be written to: {one_line(error)}")
+        self.seconds_before = self.counters["seconds"]
+        self.started = time.perf_counter() - self.seconds_before
+        heard = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        self.handlers = {n: signal.signal(n, self.interrupt) for n in heard}
         self.bar = tqdm(total=self.settings.updates, initial=self.update, desc=self.method, unit="update",
                         dynamic_ncols=True)
 
     def prepare(self, logged: int):
-        """Bring the folder to where its checkpoint left it, with `logged` bytes of metrics.jsonl."""
+        """Bring the folder to where its checkpoint left it, with `logged` bytes of metrics.jsonl. Nothing is
+        changed before all is known to fit together."""
         log = self.out / "metrics.jsonl"
-        log.touch()
-        if log.stat().st_size < logged:
-            refuse(f"{log} is shorter than it was at the checkpoint: {log.stat().st_size} of {logged} bytes")
-        os.truncate(log, logged)  # what was logged after the checkpoint will be logged again
+        held = log.read_bytes()[:logged] if log.exists() else b""
+        if len(held) < logged:
+            refuse(f"{log} is shorter than it was at the checkpoint: {len(held)} of {logged} bytes")
+        try:
+            lines = read_lines(held)
+        except ValueError as error:
+            refuse(f"{log} cannot be used: {error}")
+        if lines and lines[-1]["update"] != self.update:
+            refuse(f"{log} is not that of the checkpoint, which was made after update {self.update}")
         (self.out / "state.new").unlink(missing_ok=True)
-        settings = vars(self.settings) | {"resume": "", "method": self.method, "commit": git_commit()}
-        (self.out / "args.tmp").write_text(json.dumps(settings, indent=1))
-        os.replace(self.out / "args.tmp", self.out / "args.json")
-        if self.settings.track:
+        self.write_settings()
+        with open(log, "ab") as file:
+            file.truncate(logged)  # what was logged after the checkpoint will be logged again
+        if self.tracker:
             mark = self.out / "track_id"  # not the folder's name: another run may have had it before
             if not mark.exists():
                 mark.write_text(uuid.uuid4().hex[:8])
-            track_id = mark.read_text()
-            own = {"id": track_id, "dir": self.out} if self.settings.track == "wandb" else {}
+            track_id = mark.read_text(errors="replace")
+            own = {"id": track_id, "dir": self.out} if self.tracker == "wandb" else {}
+            config = {k: v for k, v in self.kept().items() if k != "saved"}
             self.track(lambda tracker: tracker.init(
-                project="diffusion-rl", name=f"{self.out.resolve().name}-{track_id}", config=settings,
+                project="diffusion-rl", name=f"{self.out.resolve().name}-{track_id}", config=config,
                 resume="allow", **own))
 
+    def kept(self) -> dict:
+        """What args.json holds."""
+        return vars(self.settings) | {"resume": "", "method": self.method, "commit": git_commit()}
+
+    def write_settings(self):
+        """Write args.json."""
+        text = json.dumps(self.kept(), indent=1)
+        write_whole(self.out / "args.json", lambda file: file.write(text.encode()))
+
     def interrupt(self, number: int, frame):
-        """First ctrl-C, or SIGTERM: finish this update and save. Second: stop at once, the last checkpoint
-        stays."""
-        self.interrupted = True
+        """First ctrl-C, or another of SIGNALS: finish this update and save. Second ctrl-C or kill: stop at
+        once, the last checkpoint stays."""
         name = signal.Signals(number).name
-        tqdm.write(f"{name}: finishing this update, then saving (once more: stop at once)")
-        give_signals_back()
+        again = time.monotonic() - self.interrupted if self.interrupted else None
+        self.interrupted = self.interrupted or time.monotonic()
+        if again is None:
+            self.tell(f"{name}: finishing this update, then saving (once more: stop at once)")
+        elif again > 1 and number in (signal.SIGINT, signal.SIGTERM):  # `timeout` sends two at a time
+            self.tell(f"{name}: stopped at once, the last checkpoint stays")
+            raise SystemExit(128 + number)
+
+    def tell(self, text: str):
+        """Print from inside a signal handler, unless that fell into the middle of another print."""
+        with contextlib.suppress(RuntimeError):
+            tqdm.write(text)
 
     def track(self, tell: Callable):
         """tell(the module of --track), if there is one. A tracker that fails is left, and the run goes on."""
         try:
-            if self.settings.track and self.writes:
-                tell(importlib.import_module(self.settings.track))
+            if self.tracker and self.writes:
+                tell(importlib.import_module(self.tracker))
         except (Exception, SystemExit) as error:
-            tqdm.write(f"--track {self.settings.track} has failed, the run goes on without it: "
-                       f"{one_line(error)}")
-            self.settings.track = None
+            tqdm.write(f"--track {self.tracker} has failed, the run goes on without it: {one_line(error)}")
+            self.tracker = None
 
     def close(self):
-        """Give terminal, ctrl-C, folder and tracker back."""
+        """Give terminal, signals, folder and tracker back."""
         self.track(lambda tracker: tracker.finish())
         self.bar.close()
-        give_signals_back()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         os.close(self.lock)
 
     def boundary(self) -> bool:
-        """Between updates: save and evaluate where due. True when all are done; exit 130 after ctrl-C.
+        """Between updates: save and evaluate where due. True when all are done or --minutes are over; exit
+        130 after ctrl-C.
 
         It saves before it evaluates, since a resumed run evaluates again, by its own schedule."""
-        self.interrupted = bool(parallel.total(int(self.interrupted)))  # of any process: all stop here
-        over = self.update >= self.settings.updates
-        ending = over or self.interrupted
+        spent = self.counters["seconds"] - self.seconds_before
+        late = self.update > self.first and 0 < 60 * self.settings.minutes <= spent
+        asked = parallel.total({"stop": bool(self.interrupted), "late": late})  # any process: all stop here
+        over = self.update >= self.settings.updates or bool(asked["late"])
+        ending = over or bool(asked["stop"])
         if self.skipped_in_a_row == 0:
             self.keep()
             if self.update > self.saved and (ending or self.update % self.settings.save_every == 0):
                 self.save()
         if ending:
-            self.keep()
-        if self.interrupted:
+            self.keep_last()
+        if asked["stop"]:
             parallel.total(0)  # wait for rank 0 to have written: torchrun ends it once another one has left
             self.close()
-            print(f"stopped after {self.update} updates; go on: python {sys.argv[0]} --resume {self.out}")
+            print(f"stopped after {self.update} updates; go on: {self.command()}")
             raise SystemExit(130)
         if over or self.update % self.settings.eval_every == 0:
-            self.evaluate()
+            self.evaluate(adaptive=over or self.update == 0)
         return over
+
+    def command(self) -> str:
+        """The command that goes on with this run."""
+        return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.out))}"
 
     def save(self):
         """Write state.new, if the weights are finite: a checkpoint once it has led to a finite update. It is
@@ -317,26 +440,44 @@ class FolderRun(Run):
         self.saved = self.update
         if not self.writes:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
-            os.fsync(file.fileno())  # before the checkpoint that counts its bytes
-        state |= {
-            "update": self.update,
-            "counters": dict(self.counters),
-            "metrics_bytes": (self.out / "metrics.jsonl").stat().st_size,
-        }
-        try:
-            with open(self.out / "state.new", "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # a full disk
-            (self.out / "state.new").unlink(missing_ok=True)
-            self.fail(f"the checkpoint of update {self.update} cannot be written: {error}")
+        with self.writing(f"the checkpoint of update {self.update}"):
+            with open(self.out / "metrics.jsonl", "rb+") as file:
+                os.fsync(file.fileno())  # before the checkpoint that counts its bytes
+                state |= {"update": self.update, "counters": dict(self.counters),
+                          "metrics_bytes": file.seek(0, os.SEEK_END)}
+            write_through(self.out / "state.new", lambda file: torch.save(state, file))
 
     def keep(self):
         """Make state.new the checkpoint: on disk is either the old one or the new one, never half of one."""
         if self.writes and (self.out / "state.new").exists():
-            os.replace(self.out / "state.new", self.out / "state.pt")
+            with self.writing("the checkpoint"):
+                os.replace(self.out / "state.new", self.out / "state.pt")
+                self.settings.saved = self.saved
+                self.write_settings()
+
+    def keep_last(self):
+        """As keep(), where no update follows to show that the weights are good: they must be finite, and so
+        must be what they predict of a held-out prompt. Else exit 1, and the checkpoint before stays."""
+        prompt, prompt_mask = encode(self.model, [self.task.test[0]["prompt"]])
+        hidden = torch.full((1, self.settings.L), self.model.mask_id, device=prompt.device)
+        with torch.no_grad(), self.model.rolling_out():
+            h = self.model.body(torch.cat([prompt, hidden], 1), attention(prompt_mask, self.settings.L))
+            predicted = self.model.head(h[:, -1]).logsumexp(-1)  # of probabilities without a NaN it is finite
+        weights = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.network.parameters()]
+        if parallel.total(sum(not t.isfinite().all() for t in [predicted, *weights])):
+            if self.writes:
+                with contextlib.suppress(OSError):
+                    (self.out / "state.new").unlink()
+            self.fail(f"after update {self.update} the weights, or what they predict, are NaN or inf")
+        self.keep()
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """What keeps files from being written inside (a full disk, a folder that was moved) ends the run."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a disk
+            self.fail(f"{what} cannot be written: {one_line(error)}")
 
     def fail(self, why: str):
         """Stop with exit status 1 and say what is left."""
@@ -345,16 +486,16 @@ class FolderRun(Run):
         kept = "keeps the last good checkpoint" if (self.out / "state.pt").exists() else "has no checkpoint"
         sys.exit(f"error: {why}; {self.out} {kept}")
 
-    def evaluate(self):
+    def evaluate(self, adaptive: bool):
         """Evaluate (adaptively at the start and the end alone) and log; the run's clock stands still."""
         begin, counts = time.perf_counter(), self.model.counts.copy()
-        adaptive = self.update in (0, self.settings.updates)
         metrics, self.answers, self.shown = evaluate(self.settings, self.model, self.task, adaptive)
         if self.update == 0 and self.writes:
-            try:
-                torch.save(self.shown, self.out / "before.pt")  # for trace.html, also of a resumed run
-            except (OSError, RuntimeError) as error:
-                self.fail(f"before.pt cannot be written: {error}")
+            with self.writing("before.pt"):  # for trace.html, also of a resumed run
+                write_whole(self.out / "before.pt", lambda file: torch.save(self.shown, file))
+        metrics["eval_rows"] = len(self.task.test)  # to compare only what can be compared
+        if adaptive:
+            metrics["eval_threshold"] = self.settings.eval_threshold
         self.write(metrics)
         self.accuracy = metrics["eval_accuracy"]
         tqdm.write(f"update {self.update}: {self.accuracy:.1%} of the held-out rows correct")
@@ -362,11 +503,10 @@ class FolderRun(Run):
         self.model.counts.clear()
         self.model.counts.update(counts)
 
-    def step(self, loss: float, max_grad_norm: float) -> float:
+    def step(self, loss: float, max_grad_norm: float, warmup: int = 0) -> float:
         """A step that is not finite is counted, on all processes alike; exit 1 after three in a row."""
-        norm = super().step(loss, max_grad_norm)
+        norm = super().step(loss, max_grad_norm, warmup)
         if math.isfinite(norm) and math.isfinite(loss):
-            self.counters["optimizer_steps"] += 1
             self.skipped_in_a_row = 0
         else:
             self.counters["skipped"] += 1
@@ -403,11 +543,8 @@ class FolderRun(Run):
         if not self.writes:
             return
         row = {k: v if math.isfinite(v) else None for k, v in ({"update": self.update} | metrics).items()}
-        try:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            self.fail(f"metrics.jsonl cannot be written: {error}")
+        with self.writing("metrics.jsonl"), open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
         self.track(lambda tracker: tracker.log(row, step=self.update))
 
     def finish(self) -> float:
@@ -420,33 +557,38 @@ class FolderRun(Run):
         if not self.writes:
             self.close()
             return self.accuracy
-        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        evals, curve = [line for line in lines if "eval_accuracy" in line], self.out / "curve.png"
-        try:
-            keep_answers(self.settings, self.model, self.update, evals[-1], self.answers)
+        curve = self.out / "curve.png"
+        with self.writing("evals.jsonl, model/, curve.png or trace.html"):
             save_model(self.model, self.out / "model", weights)
-            plot(lines, curve, f"{self.method} on {self.settings.task}")
+            try:
+                lines = comparable(read_lines((self.out / "metrics.jsonl").read_bytes()))
+            except ValueError as error:  # somebody else's, since the run began
+                self.fail(f"model/ is written, and metrics.jsonl cannot be used: {error}")
+            evals = [line for line in lines if "eval_accuracy" in line]
+            keep_answers(self.settings, self.model, self.update, evals[-1], self.answers)
+            plot(lines, curve, f"{self.method} on {Path(self.settings.task).stem}")
             write_trace(self.settings, self.model, self.task, self.update, self.shown)
-        except OSError as error:
-            self.fail(f"evals.jsonl, model/, curve.png or trace.html cannot be written: {error}")
         self.track(lambda tracker: tracker.log({"curve": tracker.Image(str(curve))}, step=self.update))
         self.close()
-        print_report(self.task, self.settings, {"before": evals[0], "after": evals[-1]}, self.answers)
+        before = {"before": evals[0]} if evals[0]["update"] == 0 and self.update else {}
+        print_report(self.task, self.settings, before | {"after": evals[-1]}, self.answers)
+        if evals[0]["update"]:
+            print("(the model before training was evaluated on other rows, which are not comparable)")
         nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
         print(f"\n{seconds / 60:.1f} minutes of RL; NFE (canvases evaluated): "
               f"{nfe:,} in rollouts, {updates:,} in updates")
         print(f"{self.out}/ has trace.html (how it denoised), curve.png, metrics.jsonl, evals.jsonl (every "
               "answer), state.pt and model/ (a transformers folder)")
-        print(f"next: --resume {self.out} --updates {2 * self.settings.updates} goes on, "
+        wanted = self.settings.updates
+        if self.update < wanted:
+            print(f"--minutes {self.settings.minutes:g} are over after {self.update} of {wanted} updates")
+        longer = f" --updates {2 * wanted}" if self.update == wanted else ""
+        print(f"next: --resume {shlex.quote(str(self.out))}{longer} goes on, "
               f"--seed {self.settings.seed + 1} repeats, --help lists every setting")
         return self.accuracy
 
 
-def give_signals_back():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
+@functools.cache
 def git_commit() -> str:
     """The commit these files are at, or "" outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

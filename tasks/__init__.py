@@ -8,13 +8,16 @@ which makes a Task of a recipe, and where rows come from. What answers have in c
 import ast
 import contextlib
 import csv
+import functools
 import importlib
+import importlib.util
 import io
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -26,20 +29,46 @@ class Recipe:
     """What load() makes a Task of."""
 
     row: Callable[[dict], dict]  # from the columns of the hub or of a file; ValueError if they cannot be used
-    reward: Callable
-    draw: Callable
-    sources: dict[str, Callable[[], list[dict]]]  # "train", "test", "validation"; "train" alone is split here
-    key: Callable[[dict], object] = lambda row: " ".join(row["question"].split())  # train and test share none
-    parallel: bool = False
-    free: Callable[[list[dict]], list[bool]] = lambda rows: [False] * len(rows)  # rewards any answer
+    reward: Callable  # (text, row) -> total, {"correct": 0.0 or 1.0, "parse_fail": 0.0 or 1.0, ...}
+    draw: Callable = lambda text, row: text.splitlines()[:8]  # (text, row) -> lines for a person
+    sources: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # "train", "test",
+    "validation";
+    # "train" alone is split here
+    key: Callable[[dict], object] = lambda row: " ".join(row.get("question", row["prompt"]).split())
+    # what train and test have no two of in common
+    parallel: bool = False  # the reward waits for other processes
+    flawed: Callable[[list[dict]], list[str]] = lambda rows: [""] * len(rows)  # why a row teaches nothing
+    right: Callable[[dict], str | None] = lambda row: None  # a right answer, None if none is known
 
 
 def find(name: str) -> ModuleType:
-    """The file tasks/<name>.py, imported now, since not every task needs what another imports. It has a TASK
-    and, for models that know a few tokens alone, perhaps a TINY. ValueError if there is none."""
-    if name not in names():
-        raise ValueError(f"unknown task {name!r}: choose from {', '.join(names())}")
-    return importlib.import_module(f"tasks.{name}")
+    """The file tasks/<name>.py, or one of your own if `name` ends in .py, imported now, since not every task
+    needs what another imports. It has a TASK and, for models that know a few tokens alone, perhaps a TINY.
+    ValueError, in one line, if there is none."""
+    if not name.endswith(".py"):
+        if name not in names():
+            raise ValueError(f"unknown task {name!r}: choose from {', '.join(names())}")
+        return importlib.import_module(f"tasks.{name}")
+    try:
+        module = imported(Path(name).resolve(strict=True))
+    except (Exception, SystemExit) as error:  # it may hold anything
+        raise ValueError(textwrap.shorten(f"cannot load {name}: {type(error).__name__}: {error}",
+                                          300)) from error
+    for made in (getattr(module, "TASK", None), getattr(module, "TINY", None)):
+        if not isinstance(made, Recipe | None):
+            raise ValueError(f"{name}: TASK and TINY must be a tasks.Recipe, not a {type(made).__name__}")
+    if not hasattr(module, "TASK"):
+        raise ValueError(f"{name} defines no TASK = Recipe(...)")
+    return module
+
+
+@functools.cache
+def imported(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"task_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    return module
 
 
 def names(of: str = "TASK") -> list[str]:
@@ -83,8 +112,26 @@ def load(
     test = test or [row for row in rows if recipe.key(row) in held]
     if not test or train and not kept:
         raise ValueError(f"{data or name}: no {'training' if test else 'held-out'} rows are left")
-    recipe.reward("\\boxed{0} ```python\n0", test[0])  # what it needs must work before anything costly
+    check_reward(recipe, [*test, *kept], name)
     return Task(kept if train else [], test, recipe.reward, recipe.draw, recipe.parallel)
+
+
+def check_reward(recipe: Recipe, rows: list[dict], name: str):
+    """ValueError unless a right answer earns its reward: what it needs must work before anything costly."""
+    known = ((row, answer) for row in rows[:20] if (answer := recipe.right(row)) is not None)
+    row, answer = next(known, (rows[0], None))
+    try:
+        found = recipe.reward(answer or "", row)
+        _, correct, _ = float(found[0]), float(found[1]["correct"]), float(found[1]["parse_fail"])
+    except RuntimeError as error:
+        raise ValueError(textwrap.shorten(f"{name}: {error}", 300)) from error
+    except Exception as error:  # of a file of one's own, anything
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
+        form = '(total, {"correct": ..., "parse_fail": ...})'
+        raise ValueError(f"{name}: a reward is {form}: {reason}") from error
+    if answer is not None and correct != 1:
+        shown = textwrap.shorten(answer, 100)
+        raise ValueError(f"{name}: a right answer earns {found[0]}, so something does not work here: {shown}")
 
 
 def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
@@ -92,12 +139,20 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
     rows, wrong = {}, {}
     for number, raw in enumerate(raws, 1):
         try:
-            rows[number] = recipe.row(raw)
-            json.dumps(rows[number], ensure_ascii=False).encode()  # no tokenizer takes half a character
+            row = recipe.row(raw)
+            if not isinstance(row["prompt"], str):
+                raise ValueError("its prompt is not text")
+            recipe.key(row)
+            json.dumps(row, ensure_ascii=False).encode()  # no tokenizer takes half a character
+            rows[number] = row
         except Exception as error:  # a row may hold anything
-            wrong[number] = textwrap.shorten(str(error), 160)
-    for number, free in zip(rows, recipe.free(list(rows.values())), strict=True):
-        wrong |= {number: "its tests pass for a program that does nothing"} if free else {}
+            missing = "it lacks " if isinstance(error, KeyError) else ""
+            wrong[number] = textwrap.shorten(f"{missing}{error}", 160)
+    try:
+        flaws = recipe.flawed(list(rows.values()))
+    except RuntimeError as error:  # what judges them does not work here
+        raise ValueError(textwrap.shorten(f"{where}: {error}", 300)) from error
+    wrong |= {number: textwrap.shorten(why, 160) for number, why in zip(rows, flaws, strict=True) if why}
     if wrong:
         first = f"row {min(wrong)}: {wrong[min(wrong)]}"
         if len(wrong) > len(raws) / 100:
@@ -108,11 +163,20 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
 
 def column(raw: dict, *names: str):
     """What is in the first of these columns that holds something: every publisher has names of its own."""
-    filled = {name: value for name, value in raw.items() if value is not None and str(value).strip()}
+    empty = ("", "nan", "none", "null")  # NaN: what pandas leaves where nothing was
+    filled = {name: value for name, value in raw.items() if str(value).strip().lower() not in empty}
     for name in names:
         if name in filled:
             return filled[name]
     raise ValueError(f"no column {' or '.join(names)}; it has {', '.join(map(str, filled))}")
+
+
+def written(raw: dict, *names: str) -> str:
+    """The text or number in a column, as text. ValueError for a list, an object or true and false."""
+    value = column(raw, *names)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"{' or '.join(names)} holds a {type(value).__name__}, not text: {value}")
+    return str(value)
 
 
 def listed(value) -> list:
@@ -124,14 +188,19 @@ def listed(value) -> list:
 
 
 def read_file(name: str) -> list[dict]:
-    """The rows of a local .json (a list of objects), .jsonl or .csv file."""
-    suffix, number = Path(name).suffix, 0
-    if suffix not in (".json", ".jsonl", ".csv"):
-        raise ValueError(f"cannot read {name}: it must be a .json (a list of objects), .jsonl or .csv file")
+    """The rows of a local .json (a list of objects), .jsonl, .csv or .parquet file."""
+    suffix, number = Path(name).suffix.lower(), 0
+    if suffix not in (".json", ".jsonl", ".csv", ".parquet"):
+        raise ValueError(f"cannot read {name}: it must be a .json (a list of objects), .jsonl or .csv file, "
+                         "or a .parquet file")
     try:
-        text = Path(name).read_text(encoding="utf-8-sig")
-        if suffix == ".csv":  # not load_dataset("csv"): boards become numbers and lose their leading zeros
-            rows = list(csv.DictReader(io.StringIO(text)))
+        text = Path(name).read_text(encoding="utf-8-sig") if suffix != ".parquet" else ""
+        if suffix == ".parquet":
+            import pyarrow.parquet  # here because it takes a second
+
+            rows = pyarrow.parquet.read_table(name).to_pylist()
+        elif suffix == ".csv":  # not load_dataset("csv"): boards become numbers and lose their leading zeros
+            rows = read_csv(text)
         elif suffix == ".json":
             rows = json.loads(text if text.strip() else "[]")
         else:
@@ -141,11 +210,27 @@ def read_file(name: str) -> list[dict]:
                 rows += [json.loads(line)] if line.strip() else []
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         reason = f"line {number}: {getattr(error, 'msg', error)}" if number else error
-        raise ValueError(f"cannot read {name}: {reason}") from error
+        raise ValueError(textwrap.shorten(f"cannot read {name}: {reason}", 400)) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{name} must hold a list of objects")
     if not rows:
         raise ValueError(f"{name} is empty")
+    return rows
+
+
+def read_csv(text: str) -> list[dict]:
+    """Rows of a .csv file. ValueError if one has more cells than there are columns: a comma without quotes,
+    which moves a piece of a question into the answer."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    columns = reader.fieldnames or []
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"two columns have the same name: {', '.join(columns)}")
+    rows = []
+    for row in reader:
+        if None in row:
+            raise ValueError(f"line {reader.line_num} has more cells than the {len(columns)} columns: "
+                             "text with a comma in it needs quotes")
+        rows.append(row)
     return rows
 
 

@@ -1,4 +1,5 @@
-r"""What the answers of several tasks have in common: <answer> tags, \boxed{}, code blocks, spelling."""
+r"""What the answers of several tasks have in common: <answer> tags, \boxed{},
+code blocks. Their spelling is in spelling.py."""
 
 import re
 import textwrap
@@ -17,7 +18,7 @@ def between_tags(text: str) -> str:
     """What is in the last <answer>...</answer>; nothing without one, or if the last is not closed."""
     _, opened, rest = text.rpartition("<answer>")
     inside, closed, _ = rest.partition("</answer>")
-    return re.sub(r"```[a-z]*\n|`", "", inside) if opened and closed else ""  # a fence is no answer
+    return re.sub(r"```[^\n`]{0,20}\n|`", "", inside) if opened and closed else ""  # a fence is no answer
 
 
 def boxed(text: str) -> str | None:
@@ -31,27 +32,31 @@ def boxed(text: str) -> str | None:
     return None
 
 
-POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-SPELLING = [  # in a matrix \\ ends a row, and what follows it is no space
-    ("[−–]", "-"), ("²", "^2"), ("³", "^3"), (r"[×·]|\\(?:times|cdot)(?![a-z])", "*"),
-    (r"÷|\\div(?![a-z])", "/"), (r"(?<!\\)\\[][()!]", ""), (r"\{,\}", ","), (r"(?<!\\)\\[,;: ]|~", " "),
-    (r"(?<=\d)\s(?=\d{3}(?!\d))", ""),  # 1 450 000
-    (r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]([-+]?\d\d?)(?![\w.])", r"\1*10^{\2}"),
-    (rf"(?<=[^\s{{])((?:\s|\\text\s*{{)*)({'|'.join(POWERS)})s?\b",
-     lambda found: f"*10^{{{POWERS[found[2]]}}}{found[1]}")]
-
-
-def plain(text: str) -> str:
-    r"""One spelling for minus and times, 1\,450\,000, 1.8e1, 18\text{ million}; without a final dot."""
-    for pattern, plainly in SPELLING:
-        text = re.sub(pattern, plainly, text)
-    return text.strip().removesuffix(".")
+LANGUAGE = re.compile(r"(?:python|py)[0-9.]{0,6}(?![a-z])", re.IGNORECASE)
 
 
 def code_block(text: str) -> str:
-    """The first ```python (or ```py) block; one that the end of the text cuts off counts."""
-    match = re.search(r"```(?:python|py)[^\S\n]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
-    return textwrap.dedent(match[1]) if match else ""
+    """The first block fenced as Python (```python, ```py, ``` Python3, ~~~python); one that the end of the
+    text cuts off counts. It ends at a line that begins with the fence; if there is none,
+    where a line ends in it."""
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        at, fence = min((line.find(mark) % (len(line) + 1), mark) for mark in ("```", "~~~"))
+        info = line[at:].lstrip(fence[0]).strip() if at < len(line) else ""
+        if LANGUAGE.match(info.lstrip("{.")) and fence not in info and line.endswith(("\n", "\r")):
+            return textwrap.dedent("".join(until(fence, lines[number + 1 :])))
+    return ""
+
+
+def until(fence: str, lines: list[str]) -> list[str]:
+    """The lines before the one that begins with the fence; or, if none does, up to one that ends in it."""
+    for k, line in enumerate(lines):
+        if line.lstrip(" \t").startswith(fence):
+            return lines[:k]
+    for k, line in enumerate(lines):
+        if line.rstrip().endswith(fence):
+            return [*lines[:k], line.rstrip().removesuffix(fence)]
+    return lines
 
 
 def draw_text(text: str, row: dict) -> list[str]:

@@ -1,12 +1,16 @@
 """What MBPP and HumanEval share: rows with tests, and the share of them that a program passes."""
 
 import ast
+import warnings
 
 from tasks import column, listed
 from tasks.answers import code_block
 from tasks.sandbox import run_tests
 
 CODE = "Answer with one ```python block that holds the whole function and all it needs."
+
+
+SOLUTIONS = ("canonical_solution", "code")  # where a published row has its own
 
 
 def code_row(raw: dict) -> dict:
@@ -25,23 +29,84 @@ def code_row(raw: dict) -> dict:
         shown = asked if "assert" in asked else f"{asked}\nYour code should pass:\n" + "\n".join(tests)
     if not tests:
         raise ValueError("no tests")
-    for source in (head, setup, *tests):
-        compile(source, "<test>", "exec")
-    return {"prompt": f"{shown}\n{CODE}", "question": asked.partition("\nYour code should pass")[0],
+    with warnings.catch_warnings(action="ignore"):
+        for source in (head, setup, *tests):
+            compile(source, "<test>", "exec")
+    own = next((raw[name] for name in SOLUTIONS if isinstance(raw.get(name), str) and raw[name].strip()), "")
+    if own and "entry_point" in raw:  # HumanEval's is the body
+        own = f"{raw['prompt']}{own}"
+    return {"solution": own, "prompt": f"{shown}\n{CODE}",
+            "question": asked.partition("\nYour code should pass")[0],
             "answer": tests[0].splitlines()[-1], "head": head,
             "tests": [f"{setup}\n{test}" for test in tests]}  # again: a program may redefine its head
+
+
+def code_flawed(rows: list[dict]) -> list[str]:
+    """For each row why nothing can be learned from it, "" if something can: its tests pass for any program,
+    or for none."""
+    if run_tests("x = 1", ["assert x == 1", "assert x == 2"]) != [True, False]:
+        raise ValueError("the sandbox passes no right program here, or a wrong one")
+    missing = not_importable(rows)
+    return [free and "its tests pass for a program that does nothing"
+            or not all(map(asserts, row["tests"])) and "a test of it asserts nothing"
+            or absent and f"its tests need what the sandbox does not have: {absent}"
+            or failed and "its own solution fails its tests" or ""
+            for row, free, absent, failed in zip(rows, code_free(rows), missing, own_failed(rows),
+                                                 strict=True)]
 
 
 def code_free(rows: list[dict]) -> list[bool]:
     """Which rows reward a program that does nothing: a test passes alone, or all after the head. (Some may: a
     function of HumanEval without its body returns None.) All in one sandbox; if a test ends it, in halves."""
-    tests = [way for row in rows for test in row["tests"] for way in (test, f"{row['head']}\n{test}")]
-    passed = run_tests("", [*tests, "pass"], timeout=1.0)
-    if not passed[-1] and len(rows) > 1:
-        return code_free(rows[: len(rows) // 2]) + code_free(rows[len(rows) // 2 :])
+    ways = [[way for test in row["tests"] for way in (test, f"{row['head']}\n{test}")] for row in rows]
+    return [any(marks[::2]) or all(marks[1::2]) for marks in passing(ways, 1.0)]
+
+
+def own_failed(rows: list[dict]) -> list[bool]:
+    """Which rows have a solution of their own that fails, 20 of them in one sandbox."""
+    known = [k for k, row in enumerate(rows) if row["solution"]]
+    ways = [[f"{rows[k]['head']}\n{rows[k]['solution']}\n{test}" for test in rows[k]["tests"]] for k in known]
+    marks = [mark for k in range(0, len(ways), 20) for mark in passing(ways[k : k + 20], 5.0)]
+    failed = {k for k, found in zip(known, marks, strict=True) if not all(found)}
+    return [k in failed for k in range(len(rows))]
+
+
+def passing(ways: list[list[str]], timeout: float) -> list[list[bool]]:
+    """Which tests pass without a program, in one sandbox; if one ends it, in halves."""
+    passed = run_tests("", [*(test for tests in ways for test in tests), "pass"], timeout=timeout)
+    if not passed[-1] and len(ways) > 1:
+        return passing(ways[: len(ways) // 2], timeout) + passing(ways[len(ways) // 2 :], timeout)
     marks = iter(passed)
-    ways = [[(next(marks), next(marks)) for _ in row["tests"]] for row in rows]
-    return [any(alone for alone, _ in row) or all(after for _, after in row) for row in ways]
+    return [[next(marks) for _ in tests] for tests in ways]
+
+
+def not_importable(rows: list[dict]) -> list[str]:
+    """What the tests of each row import and the sandbox does not have: numpy, or the program as a module."""
+    found = []
+    for row in rows:
+        trees = [ast.parse(test) for test in row["tests"]]
+        tried = {inner for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Try)
+                 for inner in ast.walk(node)}  # what fails there is caught
+        found.append({ast.unparse(node) for tree in trees for node in ast.walk(tree)
+                      if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in tried})
+    imports = sorted(set().union(*found))
+    there = dict(zip(imports, run_tests("", [*imports, "pass"]), strict=False))
+    return [", ".join(sorted(line for line in lines if not there[line])) for lines in found]
+
+
+def asserts(test: str) -> bool:
+    """Whether a test can fail by what it finds: `assert (x, "message")` and `assert True` cannot."""
+    for node in ast.walk(ast.parse(test)):
+        if isinstance(node, ast.Assert):
+            always = isinstance(node.test, ast.Tuple) and node.test.elts or (
+                isinstance(node.test, ast.Constant) and node.test.value)
+            if not always:
+                return True
+        called = node.func if isinstance(node, ast.Call) else None
+        name = getattr(called, "attr", getattr(called, "id", ""))
+        if isinstance(node, ast.Raise) or name.lower().startswith(("assert", "fail", "raises")):
+            return True
+    return False
 
 
 def split_check(code: str) -> list[str]:
@@ -63,5 +128,10 @@ def code_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     code = code_block(text)
     if not code.strip():
         return 0.0, {"correct": 0.0, "parse_fail": 1.0}
-    passed = run_tests(f"{row['head']}\n{code}", row["tests"])
+    passed = run_tests(code, row["tests"], head=row["head"])
     return sum(passed) / len(passed), {"correct": float(all(passed)), "parse_fail": 0.0}
+
+
+def code_right(row: dict) -> str | None:
+    """The row's own solution, as a model would write it."""
+    return f"```python\n{row['solution']}\n```" if row["solution"] else None

@@ -10,12 +10,14 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
 from common import countdown_reward, value_of, without_result
 from tasks import Recipe, column, hub, listed
-from tasks.answers import TAGS, between_tags, draw_text, plain
+from tasks.answers import TAGS, between_tags, draw_text
+from tasks.spelling import plain, trimmed
 
 COUNTDOWN = ("Write an arithmetic expression that equals {}. Use each of the numbers {} exactly once, with "
              "+, -, *, / and parentheses. The answer is the expression alone, such as 2 * (7 - 3).")
@@ -28,8 +30,10 @@ def countdown_hub() -> list[dict]:
 
 
 def countdown_row(raw: dict) -> dict:
-    numbers = [int(str(n)) for n in listed(column(raw, "numbers", "nums", "input"))]  # int(3.7) would be 3
-    target = int(str(column(raw, "target", "output")))
+    given = listed(column(raw, "numbers", "nums", "input"))
+    if len(given) == 1 and isinstance(given[0], str):  # "[3 7 2]", as numpy prints it
+        given = given[0].strip("[]() ").replace(",", " ").split()
+    numbers, target = [whole(n) for n in given], whole(column(raw, "target", "output"))
     if min(numbers, default=-1) < 0:
         raise ValueError(f"the numbers {numbers} are not what an expression may hold: integers from 0")
     given = ", ".join(map(str, numbers))
@@ -37,9 +41,41 @@ def countdown_row(raw: dict) -> dict:
             "answer": str(target), "numbers": numbers}
 
 
+def whole(value) -> int:
+    """An integer, be it written as 24, 24.0 or 24."""
+    before, _, after = str(value).partition(".")
+    return int(str(value) if after.strip("0") else before)  # int(3.7) would be 3
+
+
 def countdown_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     """That of the expression between the answer tags; one without tags is not read."""
-    return countdown_reward(plain(between_tags(text)).strip("$"), row)
+    return countdown_reward(expression(between_tags(text)), row)
+
+
+SIGNS = {"[": "(", "]": ")", "\\{": "(", "\\}": ")", "x": "*", "X": "*", "$": ""}
+
+
+def expression(text: str) -> str:
+    r"""An answer in the signs of Python: 3 \times 5, \frac{6}{3}, [3 + 5] x 2. It is not looked at whether it
+    makes sense; what is no sign of an expression stays as it is."""
+    text = " ".join(text.split())
+    out, closing, due, before = [], [], [], ""  # due: what closes the next groups of each \frac
+    for token in trimmed(plain(text)) if len(text) <= 400 else []:
+        if token == "\\frac":
+            out.append("(")
+            due.append([")/", "))"])
+        elif token == "{":
+            out.append("(")
+            closing.append(due[-1].pop(0) if due and before in ("\\frac", "}") else ")")
+            due = due[:-1] if due and not due[-1] else due
+        elif token == "}" and closing:
+            out.append(closing.pop())
+        else:
+            out.append(token if token in "xX" and before == "0" else SIGNS.get(token, token))  # 0x5
+        before = token
+    result, equals, rest = "".join(out).strip(". ").partition("=")
+    return rest.strip() if equals and result.strip().isdigit() and not rest.strip().isdigit() else (
+        f"{result}{equals}{rest}")  # 16 = (3 + 5) * 2
 
 
 LARGEST, TARGETS = 20, range(1, 61)  # the tiny model's numbers are 1 to 20; each is one token
@@ -115,12 +151,6 @@ def countdown_draw(text: str, row: dict) -> list[str]:
     return [f"{row['prompt']} {answer:<16} {verdict}"]
 
 
-PROBLEMS = {part: lambda part=part: countdown_split()[part] for part in ("train", "test", "validation")}
-TINY = Recipe(countdown_tiny_row, countdown_reward, countdown_draw, PROBLEMS,
-              key=lambda row: (row["answer"], *sorted(row["numbers"])))
-TASK = Recipe(countdown_row, countdown_chat_reward, draw_text, {"train": countdown_hub}, key=TINY.key)
-
-
 def demonstrations(
     count: int, careless: float, rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
@@ -134,3 +164,28 @@ def demonstrations(
         prompts.append(countdown_prompt(rng.permutation(numbers), target))
         answers.append(choice[rng.integers(len(choice))])
     return prompts, answers
+
+
+def solution(row: dict) -> str | None:
+    """An expression that hits the target, by trying; None without one, or for five numbers."""
+    def search(terms: list[tuple[Fraction, str]]) -> str | None:
+        if len(terms) == 1:
+            return terms[0][1] if terms[0][0] == int(row["answer"]) else None
+        for (i, a), (j, b) in itertools.permutations(enumerate(terms), 2):
+            rest = [term for k, term in enumerate(terms) if k not in (i, j)]
+            for sign, apply in (("+", operator.add), ("-", operator.sub), ("*", operator.mul),
+                                ("/", operator.truediv)):
+                if sign != "/" or b[0]:
+                    found = search([*rest, (apply(a[0], b[0]), f"({a[1]} {sign} {b[1]})")])
+                    if found:
+                        return found
+        return None
+
+    return search([(Fraction(n), str(n)) for n in row["numbers"]]) if len(row["numbers"]) <= 4 else None
+
+
+PROBLEMS = {part: lambda part=part: countdown_split()[part] for part in ("train", "test", "validation")}
+TINY = Recipe(countdown_tiny_row, countdown_reward, countdown_draw, PROBLEMS, right=solution,
+              key=lambda row: (row["answer"], *sorted(row["numbers"])))
+TASK = Recipe(countdown_row, countdown_chat_reward, draw_text, {"train": countdown_hub}, key=TINY.key,
+              right=lambda row: f"<answer>{text}</answer>" if (text := solution(row)) else None)

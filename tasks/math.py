@@ -9,16 +9,24 @@ import functools
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from fractions import Fraction
+from typing import NamedTuple
 
-from tasks import Recipe, column, hub
-from tasks.answers import BOXED, boxed, draw_text, plain
+from tasks import Recipe, hub, written
+from tasks.answers import BOXED, boxed, draw_text
+from tasks.spelling import CODES, NO_UNIT, POWERS, decimal, in_text, plain, prefix, quantity, trimmed
+
+LENGTH = 500  # characters of an answer that is read
+EQUAL, UNEQUAL, UNREADABLE = 10, 11, 12  # what a judge ends with
 
 
 def math_row(raw: dict) -> dict:
-    question = str(column(raw, "question", "problem"))
-    gold = str(column(raw, "ground_truth_answer", "answer", "solution"))
+    question = written(raw, "question", "problem")
+    gold = written(raw, "ground_truth_answer", "answer", "solution")
     if gold == raw.get("solution"):
         gold = boxed(gold) or ""
     if not gold.strip():
@@ -26,33 +34,328 @@ def math_row(raw: dict) -> dict:
     return {"prompt": f"{question}\n{BOXED}", "question": question, "answer": gold}
 
 
+def unreadable(rows: list[dict]) -> list[str]:
+    """For each row why its answer cannot be read, "" if it can: no answer would ever be right. What is a
+    number or words is clear at a glance; the rest the judge reads, many at once, in halves if one fails."""
+    golds = [row["answer"] for row in rows]
+    math_judge()  # it must work, though these answers may not need it
+    unclear = [k for k, gold in enumerate(golds) if reading(gold).number is None and not reading(gold).words]
+    work = [unclear[k : k + 16] for k in range(0, len(unclear), 16)]
+    wrong = set()
+    while work:
+        part = work.pop()
+        if ask([(golds[k], golds[k]) for k in part]) != EQUAL:
+            wrong |= set(part) if len(part) == 1 else set()
+            work += [part[: len(part) // 2], part[len(part) // 2 :]] if len(part) > 1 else []
+    return [f"the answer {gold!r} cannot be read" if k in wrong else "" for k, gold in enumerate(golds)]
+
+
 def math_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
-    r"""1 if what is in the last \boxed{} equals the answer, by math-verify. What has more than 500 characters
-    or needs more than 2 CPU seconds or 1 GiB to judge counts as unreadable."""
+    r"""1 if what is in the last \boxed{} equals the answer: as exact numbers, as words,
+    or by math-verify. What
+    has more than 500 characters or needs more than 2 CPU seconds or 1 GiB to judge counts as unreadable."""
     answer = boxed(text)
-    verdict = judged(row["answer"], answer) if answer and len(answer) <= 500 else 12
-    correct = float(verdict == 10)
-    return correct, {"correct": correct, "parse_fail": float(verdict not in (10, 11))}
+    verdict = judged(row["answer"], answer) if answer and len(answer) <= LENGTH else UNREADABLE
+    correct = float(verdict == EQUAL)
+    return correct, {"correct": correct, "parse_fail": float(verdict not in (EQUAL, UNEQUAL))}
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+class Reading(NamedTuple):
+    """An answer in one spelling."""
+
+    latex: str  # what math-verify is to read; "" if it cannot be read
+    number: Fraction | None  # if it is a number
+    words: str  # if it is words alone: "evelyn", "(c)"
+    kind: str  # list, set, pair, tuple, interval, relation, union, or other
+    parts: tuple[str, ...]  # of relations joined by "or" or "and", which `joint` then is
+    joint: str
+    symbols: frozenset[str]  # letters that stand for something
+
+
+FUNCTIONS = set("""sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp lim max min
+    sup inf gcd lcm mod det dim deg arg ker sqrt frac pi infinity infty""".split())
+UNITS = CODES | set("""mm cm dm km nm ft in yd mi kg mg lb lbs oz ml mL cl hr hrs min sec ms mph kph sq cu
+    cc pt qt rad deg rpm psi Hz kHz MHz kW kWh kJ kN Pa kPa eV mol gal mils pts""".split())
+RELATIONS = {"<", ">", "\\le", "\\ge", "\\ne", "\\in"}
+OPEN, CLOSE = {"(", "[", "\\{"}, {")", "]", "\\}"}
+
+
+@functools.lru_cache(1024)
+def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
+    """Read an answer; symbols: those of the gold answer, None if this is the gold answer itself.
+
+    What is bare behind an answer is a unit ("15 cm^2", "15 people") unless it is a product of the gold
+    answer's symbols; behind the gold answer only known units are, and what stands in \\text."""
+    strange = sum(not c.isascii() for c in text)  # each may be a dozen tokens: ½
+    tokens = trimmed(joiners(plain(text))) if strange <= 100 else []
+    if not tokens or len(tokens) > LENGTH:
+        return Reading("", None, "", "other", (), "", frozenset())
+    written = [token for token in tokens if token not in (" ", "$")]
+    texts = [token for token in written if token.startswith("\\text{")]
+    if texts and all(token in texts or token.isalpha() or token in ".,()" for token in written):
+        words = "".join(in_text(token) or token for token in tokens)
+        return Reading("", None, squeezed(words), "words", (), "", frozenset())
+    tokens = without_unit([" " if token == "$" else token for token in tokens], symbols)
+    number = None if "%" in tokens else quantity(tokens, letters=False) if not bare_words(tokens) else None
+    if len(bare_words(tokens)) > 1 and any(token.isdigit() for token in tokens):  # "The answer is 18"
+        return Reading("", None, "", "other", (), "", frozenset())
+    tokens = numbers_exact(tokens)
+    letters = frozenset(c for token in tokens if token.isalpha() and token not in FUNCTIONS for c in token)
+    joint, parts = divided(tokens)
+    if parts and all(kind_of(part) in ("pair", "interval", "union",
+                                       "set") for part in parts) and joint == "or":
+        tokens = [token for part in parts for token in ("\\cup ", *part)][1:]
+        parts = []
+    elif not parts or not all(kind_of(part) == "relation" for part in parts):
+        tokens, parts = ["," if token in ("or", "and") else token for token in tokens], []
+    kind = "relation" if parts else kind_of(tokens)
+    if kind == "one":  # {5} is 5, {(1, 2)} is (1, 2)
+        tokens = trimmed(tokens[1:-1])
+        kind = kind_of(tokens)
+    return Reading(latex(tokens), number, "", kind, tuple(map(latex, parts)), joint if parts else "", letters)
+
+
+def squeezed(words: str) -> str:
+    """Words to compare: without case, spaces and the brackets of a choice, "(C)"."""
+    return "".join(c for c in words.lower() if c.isalnum())
+
+
+def joiners(tokens: list[str]) -> list[str]:
+    r"""\text{ or } as or, \text{i} as i; U between intervals and "union" as \cup."""
+    out = []
+    for k, token in enumerate(tokens):
+        word = in_text(token).strip() or token
+        if word.lower() in ("or", "and", "union") or token != word and word in ("i", "e"):
+            out.append({"union": "\\cup"}.get(word.lower(), word.lower() if len(word) > 1 else word))
+        elif prefix(tokens, k) and set(out[-9:]) <= {" ", "$", "+", "-"}:
+            continue  # US$15
+        elif token == "U" and [*filter(" ".__ne__, out[-2:])][-1:] in ([")"], ["]"], ["\\}"]):
+            out.append("\\cup")
+        elif token == "\\backslash" or token == "\\" and tokens[k + 1 : k + 2] == ["\\{"]:
+            out.append("\\setminus")
+        else:
+            out.append(token)
+    return out
+
+
+def bare_words(tokens: list[str]) -> list[str]:
+    return [t for t in tokens if t.isalpha() and len(t) > 1 and t not in FUNCTIONS and t not in ("or", "and")]
+
+
+def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]:
+    """The tokens up to the unit in which an answer ends, times a thousand if that is a word of it."""
+    end, power, units = len(tokens), 1, 0
+
+    def is_unit(k: int) -> bool:
+        word = tokens[k]
+        if word.startswith("\\text{"):
+            found = re.findall("[a-zA-Z]+", in_text(word))
+            return bool(found) and not NO_UNIT & {each.lower() for each in found} and not any(
+                c in word for c in "0123456789=+<>")
+        if not word.isalpha() or not word.isascii() or word in FUNCTIONS or word.lower() in NO_UNIT:
+            return False
+        if symbols is not None and set(word) <= symbols:
+            return False
+        if word in UNITS:
+            return k > 0
+        if symbols is None:
+            return False
+        if len(word) == 1:  # behind a slash, or 15 m; never beside other symbols
+            metres = word in "mhsgL" and not symbols and tokens[k - 1 : k] == [" "]
+            return tokens[k - 1 : k] == ["/"] or metres
+        return len(word) > 2 and tokens[k - 1 : k] in ([" "],
+                                                       ["/"]) and bool(set("aeiouy") & set(word.lower()))
+
+    while end:
+        token = tokens[end - 1]
+        raised = 2 if tokens[end - 2 : end] in (["^", "2"], ["^", "3"]) else 4 if tokens[end - 4 : end] in (
+            ["^", "{", "2", "}"], ["^", "{", "3", "}"]) else 0
+        if token in (" ", ".", ",", ";"):
+            end -= 1
+        elif tokens[end - 2 : end] == ["^", "\\circ"]:
+            end -= 2
+        elif token == "/" and units:
+            end -= 1
+        elif is_unit(end - 1):
+            for each in re.findall("[a-z]+", (in_text(token) or token).lower()):
+                scale = POWERS.get(each, POWERS.get(each.removesuffix("s"), 1))
+                if scale < 1:
+                    return tokens
+                power *= scale if scale >= 100 else 1
+            end, units = end - 1, units + 1
+        elif raised and end > raised and is_unit(end - raised - 1):
+            end, units = end - raised, units + 1
+        else:
+            break
+    core = tokens[:end]
+    written = [token for token in core if token != " "]
+    if not written or written[-1] in ("+", "-", "*", "/", "^", "_", "=", "(", "[", "{", "<", ">", *RELATIONS):
+        return tokens
+    return core if power == 1 else [*core, "*", str(power)]
+
+
+def numbers_exact(tokens: list[str]) -> list[str]:
+    """Decimals, repeating ones too, as fractions: compared as floats, what differs by 1e-12 would be equal.
+    And 1 4/5 as a mixed number."""
+    out, i = [], 0
+    mixed = [token for token in tokens if token not in ("-", "+")]
+    if len(mixed) == 5 and mixed[1] == " " and mixed[3] == "/" and all(mixed[k].isdigit() for k in (0, 2, 4)):
+        return [*tokens[: tokens.index(" ")], "\\frac", "{", mixed[2], "}", "{", mixed[4], "}"]
+    while i < len(tokens):
+        if tokens[i].isdigit() or tokens[i] == ".":
+            value, end = decimal(tokens, i, commas=False)
+            if value is not None and "." in tokens[i:end] and tokens[end : end + 1] != ["."]:
+                brace = value.denominator > 1
+                out += ["{", "\\frac", "{", str(value.numerator), "}", "{", str(value.denominator), "}", "}"
+                        ] if brace else [str(value.numerator)]
+                i = end
+                continue
+        out.append(tokens[i])
+        i += 1
+    return out
+
+
+def divided(tokens: list[str]) -> tuple[str, list[list[str]]]:
+    """What joins the parts of an answer, "or" or "and", and the parts; none if nothing does, or both do."""
+    words = {token for token in tokens if token in ("or", "and")}
+    if len(words) != 1:
+        return "", []
+    parts = [[]]
+    for token in tokens:
+        if token in words:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return words.pop(), [trimmed(part) for part in parts]
+
+
+def kind_of(tokens: list[str]) -> str:
+    """list, set, one (a set of one), pair (a point or an open interval), tuple, interval, relation, union or
+    other."""
+    depth, top, closes, commas = 0, set(), None, 0  # closes: where what opens first is closed
+    for k, token in enumerate(tokens):
+        if token in ("{",) or token in OPEN:
+            depth += 1
+        elif token in ("}",) or token in CLOSE:
+            depth -= 1
+            closes = k if depth == 0 and closes is None else closes
+        elif depth == 0:
+            top.add(token)
+        elif depth == 1 and closes is None and token == ",":
+            commas += 1
+    if "=" in top or any(token.startswith("\\begin") for token in top):
+        return "other"
+    if top & RELATIONS:
+        return "relation" if "," not in top else "other"
+    if top & {"\\cup", "\\cap", "\\setminus"}:
+        return "union"
+    if top & {",", ";", "\\pm"}:
+        return "list"
+    if tokens and tokens[0] in OPEN and closes == len(tokens) - 1:
+        if tokens[0] == "\\{":
+            return "set" if commas or {"\\pm", "|", ":", "\\mid"} & set(tokens) else "one"
+        if commas == 1:
+            return "pair" if tokens[0] == "(" and tokens[-1] == ")" else "interval"
+        return {"(": "tuple", "[": "list"}.get(tokens[0], "other") if commas else "other"
+    return "other"
+
+
+def latex(tokens: list[str]) -> str:
+    """The tokens as text: a command parted from a letter, i as the imaginary unit, an exponent in braces."""
+    out, ends = "", []  # ends: braces open before \\frac in an exponent
+    index = bool({"\\sum", "\\prod", "_"} & set(tokens))
+    for token in ("I" if token == "i" and not index else token for token in tokens):
+        if token == "\\frac" and out[-2:].rstrip().endswith("^"):
+            out, ends = out + "{", [*ends, 2]
+        out += " " if out and token[0].isalpha() and out[-1].isalpha() else ""
+        out += token
+        if token == "{":
+            ends.append(0) if ends else None
+        elif token == "}" and ends:
+            if ends[-1] == 0:
+                ends.pop()
+            if ends and ends[-1] > 0 and token == "}":
+                ends[-1] -= 1
+                if ends[-1] == 0:
+                    out += "}"
+                    ends.pop()
+    return out
+
+
+PAIRS = {"pair", "interval"}
+APART = [{"pair", "tuple", "interval", "relation", "union"}, {"list", "set"}]  # never the same thing
+
+
+def compared(gold: str, answer: str) -> int:
+    """What can be said without mathematics: EQUAL, UNEQUAL, UNREADABLE, or 0 if math-verify has to say it."""
+    right = reading(gold)
+    given = reading(answer, right.symbols)
+    verdict = 0
+    if right.words:
+        words = squeezed(answer_words(answer))
+        verdict = EQUAL if words == right.words else UNEQUAL if words or given.latex else UNREADABLE
+    elif right.number is not None and given.number is not None:
+        verdict = EQUAL if right.number == given.number else UNEQUAL
+    elif given.words and right.latex:
+        verdict = UNEQUAL
+    elif not given.latex or not right.latex:
+        verdict = UNREADABLE
+    elif any(right.kind in one and given.kind in other for one, other in (APART, APART[::-1])):
+        verdict = UNEQUAL
+    elif {right.kind, given.kind} == {"tuple", "relation"}:
+        verdict = UNEQUAL
+    elif {right.kind, given.kind} <= PAIRS and right.latex[::len(right.latex) - 1] != given.latex[
+            ::len(given.latex) - 1]:
+        verdict = UNEQUAL  # other brackets
+    return verdict
+
+
+def answer_words(answer: str) -> str:
+    """The words of an answer, in \\text or bare; "" if there is more to it."""
+    words = "".join(in_text(token) or token for token in trimmed(plain(answer)) if token != "$")
+    return words if all(c.isalnum() or c in " .,()'" or c == "-" and before.isalnum()
+                        for before, c in zip(" " + words, words, strict=False)) else ""
 
 
 DIED = []  # answers of which the judge died
 
 
 def judged(gold: str, answer: str) -> int:
-    """What judge_math says, started again if it died; what it dies of twice is unreadable."""
+    """EQUAL, UNEQUAL or UNREADABLE."""
+    return compared(gold, answer) or ask([(gold, answer)])
+
+
+def ask(pairs: list[tuple[str, str]]) -> int:
+    """What math-verify says of (gold, answer), of several the worst. A judge that died is started again; what
+    it dies of twice is unreadable."""
+    job = []
+    for gold, answer in pairs:
+        right = reading(gold)
+        sides = (right, reading(answer, right.symbols))
+        if {side.kind for side in sides} <= PAIRS:  # as an interval (3, 2) would be empty, like (5, 4)
+            sides = [side._replace(latex=f"({side.latex[1:-1]},0)") for side in sides]
+        job.append([[side.latex, side.joint, side.parts, bases(side.latex)] for side in sides])
     for _ in range(2):
         try:
             judge = math_judge()
-            print(json.dumps([plain(gold), plain(answer)]), file=judge.stdin, flush=True)
+            print(json.dumps(job), file=judge.stdin, flush=True)
             return int(judge.stdout.readline())
         except (OSError, ValueError, RuntimeError):
             if not DIED and not math_judge.cache_info().currsize:
                 raise  # it never worked
         if not DIED:
             atexit.register(lambda: print(f"math: the judge died {len(DIED)} times", file=sys.stderr))
-        DIED.append(answer)
+        DIED.append(pairs[-1][1])
         math_judge.cache_clear()
-    return 12
+    return UNREADABLE
+
+
+def bases(text: str) -> list[str]:
+    """Of numbers such as 52_8, which math-verify leaves out."""
+    return re.findall(r"[0-9]_\{?([0-9]+)", text)
 
 
 @functools.cache
@@ -60,56 +363,87 @@ def math_judge() -> subprocess.Popen:
     """math-verify in a process of its own. Its own remedy for 9^{9^{9^9}} is an alarm, which works in a main
     thread only, comes after five seconds, and puts no limit on memory."""
     source = f"{inspect.getsource(judge_math)}\njudge_math()"  # not an import of this file: numpy has threads
-    judge = subprocess.Popen([sys.executable, "-c", source], text=True, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy iterates over sets
-                             start_new_session=True)  # a ctrl-C is for us alone
-    if judge.stdout.readline() != "ready\n":
-        raise RuntimeError("math-verify does not work here: pip install 'math-verify[antlr4_13_2]'")
+    with tempfile.TemporaryFile("w+") as errors:
+        # -P: a random.py in the working directory is none of Python's
+        judge = subprocess.Popen([sys.executable, "-P", "-c", source], text=True, stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, stderr=errors,
+                                 env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy iterates over sets
+                                 start_new_session=True)  # a ctrl-C is for us alone
+        if judge.stdout.readline() != "ready\n":
+            errors.seek(0)
+            why = (errors.read().strip().splitlines() or ["it does not start"])[-1]
+            raise RuntimeError(f"math-verify does not work here: {why[:200]}; "
+                               "pip install 'math-verify[antlr4_13_2]'")
     return judge
 
 
 def judge_math():
-    """For every line [gold, answer] of stdin a child, and a line how it ended: 10 equal, 11 not, 12 it is not
+    """For every line of stdin, a job, a child, and a line how it ended: 10 equal, 11 not, 12 it is not
     mathematics, else a limit. What an answer leaves in sympy's caches is gone with its child."""
-    import json, logging, os, re, resource, sys
-    from dataclasses import replace
+    import contextlib, json, logging, os, resource, sys
     from functools import partial
 
     import sympy
-    from math_verify import LatexExtractionConfig, parse, verify
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+    from math_verify import verify
+    from math_verify.grader import unwrap_fcs
 
-    def verdict(*pair: str) -> int:
-        bases = [re.findall(r"\d_\{?(\d+)", text) for text in pair]  # which math-verify leaves out
-        # not expressions outside LaTeX: sympy would eval them; first_match: nor a part of what it cannot read
-        latex, mode = LatexExtractionConfig(boxed_match_priority=0), "first_match"
-        if re.search(r"(?<![a-zA-Z])[a-z]$", pair[0]):  # 2t: t is no unit
-            latex = replace(latex, normalization_config=replace(latex.normalization_config, units=False))
-        gold, answer = (parse(f"\\boxed{{{text}}}", [latex], mode, mode, None) for text in pair)
-        if all(isinstance(part, str) for part in answer):
+    nothing_added = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False,
+                                        boxed="none", equations=False)
+
+    def read(text: str, real: bool):
+        text = normalize_latex(text, nothing_added)
+        return latex2sympy(text, is_real=real, convert_degrees=False, normalization_config=None)
+
+    def read_side(latex: str, joint: str, parts: list[str], real: bool):
+        if not parts:
+            return read(latex, real)
+        sets = [unwrap_fcs(read(part, real)).as_set() for part in parts]
+        return sympy.Union(*sets) if joint == "or" else sympy.Intersection(*sets)
+
+    def verdict(gold: list, answer: list) -> int:
+        real = not any("I" in side[0] for side in (gold, answer))
+        try:
+            right, given = (read_side(*side[:3], real) for side in (gold, answer))
+        except Exception:  # of many kinds
+            return 12
+        if right is None or given is None:
             return 12
         equal = partial(verify, timeout_seconds=None, float_rounding=12, allow_set_relation_comp=True)
-        chains = [part for part in answer if isinstance(part, (sympy.And, sympy.Eq))]
+        chains = [part for part in (given,) if isinstance(part, (sympy.And, sympy.Eq))]
         sides = [side for part in chains for eq in part.atoms(sympy.Eq) for side in eq.args if side.is_number]
-        same = sides[:1] if isinstance(gold[0], (sympy.And, sympy.Eq)) else gold
+        same = sides[:1] if isinstance(right, (sympy.And, sympy.Eq)) else right
         if not all(equal(same, side) for side in sides):  # x = 6 = 5, of which verify reads the last
             return 11
-        return 10 if equal(gold, answer) and bases[1] in ([], bases[0] or ["10"]) else 11
+        return 10 if equal(right, given) and answer[3] in ([], gold[3] or ["10"]) else 11
 
     logging.disable()
+    sys.stderr = open(os.devnull, "w")
     # whether it works; and a child that finds warm caches takes 15 ms, not 90
-    assert verdict(r"\frac{1}{2}", "0.5") == 10
-    assert verdict("x^2+1", "x+1") == verdict("[0,1)", r"\{1,\sqrt{2}\}") == 11
+    for gold, answer, expected in (
+            (r"\frac{1}{2}x", r"\frac{2x}{4}", 10), ("x^2+1", "x+1", 11), ("[0,1)", r"\{1,\sqrt{2}\}", 11),
+            ("(1,2,3)", "(1,3,2)", 11), ("1,-2", "-2,1", 10), (r"(0,9)\cup(9,36)", r"(9,36]\cup(0,9)", 11),
+            (r"(0,\frac{\pi}{2}]", r"0<x\le\frac{\pi}{2}", 10),
+            (r"3\pm2\sqrt{2}", r"3+\sqrt{8},3-\sqrt{8}", 10),
+            (r"\begin{pmatrix}1\\-2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", 11),
+            ("6-5I", "6+5I", 11), ("y=2x+3", "y=3+2x", 10),
+            (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", 10)):
+        assert verdict([gold, "", [], []], [answer, "", [], []]) == expected
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
-            resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-            os._exit(verdict(*json.loads(line)))
+            for kind, limit in ((resource.RLIMIT_CPU, 2), (resource.RLIMIT_AS, 1 << 30)):
+                with contextlib.suppress(ValueError, OSError):  # macOS has no limit on memory
+                    resource.setrlimit(kind, (limit, limit))
+            try:
+                os._exit(max(verdict(*pair) for pair in json.loads(line)))
+            except BaseException:
+                os._exit(12)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 TASK = Recipe(math_row, math_reward, draw_text, {  # a few solutions in training have no box
     "train": lambda: [raw for raw in hub("ankner/math-500", split="train") if boxed(raw["solution"])],
-    "test": lambda: hub("HuggingFaceH4/MATH-500", split="test")})
+    "test": lambda: hub("HuggingFaceH4/MATH-500", split="test")},
+    flawed=unreadable, right=lambda row: f"\\boxed{{{row['answer']}}}")

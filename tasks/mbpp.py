@@ -9,8 +9,9 @@
 
 from tasks import Recipe, hub
 from tasks.answers import draw_text
-from tasks.code import code_free, code_reward, code_row
+from tasks.code import code_flawed, code_reward, code_right, code_row
 
-TASK = Recipe(code_row, code_reward, draw_text, free=code_free, parallel=True, sources={
+TASK = Recipe(code_row, code_reward, draw_text, flawed=code_flawed, right=code_right, parallel=True,
+              sources={
     "train": lambda: hub("google-research-datasets/mbpp", "full", split="train"),
     "test": lambda: hub("google-research-datasets/mbpp", "full", split="test")})

@@ -15,6 +15,7 @@ import numpy as np
 from common import sudoku_reward
 from tasks import Recipe, column
 from tasks.answers import TAGS, between_tags, draw_text
+from tasks.spelling import plain
 
 SUDOKU = ("Solve this 4x4 Sudoku: replace every 0 (a blank) so that each row, each column and each of the "
           "four 2x2 boxes holds 1, 2, 3 and 4 once. The answer is the whole board: 16 digits, row by row.")
@@ -82,10 +83,12 @@ def sudoku_draw(text: str, row: dict) -> list[str]:
     board = "".join(text.split())
     if len(board) != 16 or not board.isprintable():
         return [f"{row['puzzle']} -> {text[:40]!r} (not 16 digits)"]
+    solution = board if sudoku_reward(text,
+                                      row)[1]["correct"] else row["solution"]  # a board may have several
     lines = []
     for r in range(0, 16, 4):
         asked = " ".join(row["puzzle"][r : r + 4]).replace("0", "·")
-        cells = zip(board[r : r + 4], row["solution"][r : r + 4], strict=True)
+        cells = zip(board[r : r + 4], solution[r : r + 4], strict=True)
         lines.append(f"{asked}   " + "".join(f" {b}" if b == s else f"!{b}" for b, s in cells))
     return lines
 
@@ -99,18 +102,27 @@ def sudoku_chat_row(raw: dict) -> dict:
 
 def sudoku_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     """That of the board between the answer tags; one without tags is not read."""
-    return sudoku_reward(between_tags(text), row)
+    return sudoku_reward(board_in(between_tags(text)), row)
+
+
+GRID = {" ", "$", "|", "-", "+", ",", ";", ".", "&", "[", "]", "{", "}", "(", ")", "\\\\", "\\hline",
+        "\\mid", "\\vert"}
+
+
+def board_in(text: str) -> str:
+    r"""The digits of a board in a \boxed{}, a list, a table or a grid of lines; the text itself if there is
+    anything else in it, since that cannot be read."""
+    text = " ".join(text.split())
+    tokens = plain(text) if len(text) <= 400 else ["?"]
+    layout = "\\begin" in text  # of \begin{array}{cc|cc}
+    kept = [token for token in tokens if token not in GRID and not token.startswith(("\\begin{", "\\end{"))
+            and not (layout and set(token) <= set("clr"))]
+    return "".join(kept)
 
 
 def sudoku_chat_draw(text: str, row: dict) -> list[str]:
-    board = between_tags(text)
+    board = board_in(between_tags(text))
     return sudoku_draw(board, row) if board.strip() else draw_text(text, row)
-
-
-BOARDS = {"train": lambda: sudoku_boards("train", 8192), "test": lambda: sudoku_boards("test", 1024),
-          "validation": lambda: sudoku_boards("validation", 1024)}
-TINY = Recipe(sudoku_row, sudoku_reward, sudoku_draw, BOARDS, key=lambda row: row["solution"])
-TASK = dataclasses.replace(TINY, row=sudoku_chat_row, reward=sudoku_chat_reward, draw=sudoku_chat_draw)
 
 
 def demonstrations(
@@ -128,3 +140,11 @@ def demonstrations(
     np.put_along_axis(filled, place, np.take_along_axis(rows, shuffled, 2), 2)
     answers = np.where(puzzles == 0, filled.reshape(-1, 16), puzzles)
     return ["".join(map(str, p)) + "=" for p in puzzles], ["".join(map(str, a)) for a in answers]
+
+
+BOARDS = {"train": lambda: sudoku_boards("train", 8192), "test": lambda: sudoku_boards("test", 1024),
+          "validation": lambda: sudoku_boards("validation", 1024)}
+TINY = Recipe(sudoku_row, sudoku_reward, sudoku_draw, BOARDS, key=lambda row: row["solution"],
+              right=lambda row: row["solution"])
+TASK = dataclasses.replace(TINY, row=sudoku_chat_row, reward=sudoku_chat_reward, draw=sudoku_chat_draw,
+                           right=lambda row: f"<answer>{row['solution']}</answer>")

@@ -31,10 +31,6 @@ from plumbing import flags, pretrain, run  # noqa: E402
 BASELINES = ["baselines.diffu_grpo", "baselines.espo", "baselines.just_grpo"]
 METHODS = ["egspo", "wd1", "rldf", "gdsd", *BASELINES]
 TEXTS = ["310220000=", "4=", "01400="]  # prompts of three lengths
-LLADA_8B = dict(
-    model_type="llada", d_model=4096, mlp_hidden_size=12288, n_layers=32, n_heads=32, n_kv_heads=32,
-    rms_norm_eps=1e-5, rope_theta=500000.0, max_sequence_length=4096, include_qkv_bias=False,
-    include_bias=False, weight_tying=False, pad_token_id=126081, eos_token_id=126081, vocab_size=126464)
 
 # ---------------------------------------------------------------------------------------- models and prompts
 
@@ -221,6 +217,13 @@ def launch(method: str, *argv) -> float:
     finally:
         sys.argv = old
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# config.json of a model too large for any test: what it would take is computed.
+LLADA_8B = dict(
+    model_type="llada", d_model=4096, mlp_hidden_size=12288, n_layers=32, n_heads=32, n_kv_heads=32,
+    rms_norm_eps=1e-5, rope_theta=500000.0, max_sequence_length=4096, include_qkv_bias=False,
+    include_bias=False, weight_tying=False, pad_token_id=126081, eos_token_id=126081, vocab_size=126464)
 
 
 def settings(monkeypatch, method: str, *argv) -> SimpleNamespace:

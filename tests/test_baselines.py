@@ -1,5 +1,6 @@
 """diffu-GRPO, ESPO and JustGRPO: whole updates against the formulas of their docstrings, and the tempting
-wrong ones; what is exact by enumeration; the rest by hand. What every method must do is in test_methods.py."""
+wrong ones; what is exact by enumeration; the rest by hand. What every method must do is in
+test_methods.py."""
 
 import dataclasses
 import inspect
@@ -22,11 +23,16 @@ from baselines import diffu_grpo, espo, just_grpo
 from common import canvas, denoise
 
 T, EPS, BETA, PASSES, L = 0.7, 0.1, 0.3, 2, 8
-ADVANTAGES = [diffu_grpo.advantage, espo.advantage, lambda r, G: just_grpo.advantage(r, G, False)]
+
+def centred(reward: torch.Tensor, G: int) -> torch.Tensor:
+    return just_grpo.advantage(reward, G, "none")
 
 
-def grpo_advantage(reward: torch.Tensor, G: int) -> torch.Tensor:
-    return just_grpo.advantage(reward, G, True)
+def by_std(reward: torch.Tensor, G: int) -> torch.Tensor:
+    return just_grpo.advantage(reward, G, "released")
+
+
+ADVANTAGES = [diffu_grpo.advantage, espo.advantage, centred, by_std]
 
 
 # ---------------------------------------------------------------------------------------- a whole update
@@ -51,13 +57,18 @@ def prompt_shown(model, roll, shown, b, k):
 
 
 def espo_values(model, roll, shown, b, k, weigh=True):
-    """E of the docstring, token by token."""
+    """E of the docstring under the masks of pass k, token by token."""
     n, total = int(roll.valid[b].sum()), 0.0
-    for scored in shown[0][b]:
+    masks = shown[0][b].chunk(PASSES)[k]
+    for scored in masks:
         hidden = scored | ~roll.valid[b]
         weight = (n + 1) / max(1, int(scored.sum())) if weigh else 1.0
-        total = total + weight * scored[:n] * token_logps(model, roll, b, hidden) / len(shown[0][b])
+        total = total + weight * scored[:n] * token_logps(model, roll, b, hidden) / len(masks)
     return total
+
+
+def one_set_of_masks(model, roll, shown, b, k):
+    return espo_values(model, roll, shown, b, 0)
 
 
 def unweighed(model, roll, shown, b, k):
@@ -91,6 +102,11 @@ def token_mean(*values):
     return per_token(*values).mean()
 
 
+def token_sum(*values):
+    """Pooled: the sum over the tokens of all rows is divided by their number."""
+    return per_token(*values).sum()
+
+
 def over_L(*values):
     return per_token(*values).sum() / L
 
@@ -101,7 +117,7 @@ def whole_ratio(new, old, ref, A):
 
 def sequence(new, old, ref, A, length=None):
     ratio = (new - old).sum() / (length or len(new))
-    return -clipped(ratio, A) + BETA * (new - ref).sum() ** 2 / 2
+    return -clipped(ratio, A) + BETA * (new - ref).sum() ** 2 / (2 * len(new))
 
 
 def not_normalised(*values):
@@ -113,7 +129,11 @@ def padded_length(*values):
 
 
 def token_ratios(new, old, ref, A):
-    return -clipped(new - old, A).mean() + BETA * (new - ref).sum() ** 2 / 2
+    return -clipped(new - old, A).mean() + BETA * (new - ref).sum() ** 2 / (2 * len(new))
+
+
+def undivided_kl(new, old, ref, A):
+    return sequence(new, old, new.detach(), A) + BETA * (new - ref).sum() ** 2 / 2
 
 
 def k2_of_the_mean(new, old, ref, A):
@@ -123,9 +143,11 @@ def k2_of_the_mean(new, old, ref, A):
 RIGHT = {"diffu_grpo": (diffu_values, token_mean), "espo": (espo_values, sequence),
          "just_grpo": (just_values, over_L)}
 WRONG = {
-    "diffu_grpo": [(prompt_shown, token_mean), (diffu_values, over_L), (diffu_values, whole_ratio)],
-    "espo": [(unweighed, sequence), (espo_values, token_ratios), (espo_values, not_normalised),
-             (espo_values, padded_length), (espo_values, k2_of_the_mean)],
+    "diffu_grpo": [(prompt_shown, token_mean), (diffu_values, over_L), (diffu_values, whole_ratio),
+                   (diffu_values, token_sum)],
+    "espo": [(unweighed, sequence), (one_set_of_masks, sequence), (espo_values, token_ratios),
+             (espo_values, not_normalised), (espo_values, padded_length), (espo_values, undivided_kl),
+             (espo_values, k2_of_the_mean)],
     "just_grpo": [(only_itself_hidden, over_L), (just_values, token_mean), (just_values, whole_ratio)],
 }
 
@@ -143,14 +165,12 @@ def trained(module, updates: int = 1, **settings) -> tuple[NotedRun, common.Deno
 
 
 @pytest.mark.parametrize("module, own", [
-    (diffu_grpo, {"hide_prompt": 0.5}), (espo, {}), (just_grpo, {}), (just_grpo, {"grpo_norm": True})])
+    (diffu_grpo, {"hide_prompt": 0.5}), (espo, {}), (just_grpo, {}), (just_grpo, {"normalise": "none"})])
 def test_updates_have_the_loss_and_the_gradient_of_the_formula(module, own, float64, monkeypatch):
     """Two updates of two passes: old, reference and policy are of different networks. What is tempting and
     wrong is rejected."""
     name = module.__name__.partition(".")[2]
     right, wrong = RIGHT[name], WRONG[name]
-    if own == {"grpo_norm": True}:
-        right, wrong = (just_values, token_mean), [RIGHT[name]]
     seen = {function: [] for function in ("roll_out", "reward_rows", "hide_tokens", "antithetic_masks")}
     for function, found in seen.items():
         if hasattr(module, function):
@@ -167,21 +187,51 @@ def test_updates_have_the_loss_and_the_gradient_of_the_formula(module, own, floa
 
     for u in range(2):
         group = seen["reward_rows"][u][0].view(4, 3)
-        scale = group.std(1, keepdim=True).clamp(min=1e-6) if own == {"grpo_norm": True} else 1.0
-        adv = ((group - group.mean(1, keepdim=True)) / scale).flatten()
+        centre = group.mean(1, keepdim=True)
+        if name == "espo":
+            centre = (group.sum(1, keepdim=True) - group) / 2
+        scale = group.std(1, keepdim=True) + 1e-4 if name == "just_grpo" and not own else 1.0
+        adv = ((group - centre) / scale).flatten()
         for k in range(PASSES):
             step, before = run.steps[PASSES * u + k], run.steps[PASSES * u]
             for value, loss in [right, *(wrong if (u, k) == (1, PASSES - 1) else [])]:
                 with torch.no_grad():
                     ref = values(value, start, u, k)
                     old = values(value, before.weights, u, k)
-                rows = zip(values(value, step.weights, u, k), old, ref, adv, strict=True)
-                total = sum(loss(*row) for row in rows) / 12
+                new = values(value, step.weights, u, k)
+                count = sum(map(len, new)) if loss is token_sum else 12
+                total = sum(loss(*row) for row in zip(new, old, ref, adv, strict=True)) / count
                 error = relative_error(gradient(model.network.parameters(), total), step.gradient)
                 assert error < 1e-9 if (value, loss) == right else error > 1e-3, (value, loss, error)
                 if (value, loss) == right:
                     assert step.loss == pytest.approx(total.item(), rel=1e-9)
     assert run.logged[1]["kl"] > 0 and run.logged[1]["clip_frac"] > 0
+
+
+@pytest.mark.parametrize("own, leave", [({}, True), ({"normalise": "none"}, False), ({"beta": 0.1}, False)])
+def test_rows_of_advantage_0_leave_just_grpos_mean(own, leave, float64, monkeypatch):
+    """One of the four groups has equal rewards. With a KL its rows are scored, so they count."""
+    rolls, adv = [], []
+    reward_rows = just_grpo.reward_rows
+
+    def one_equal_group(*inputs):
+        reward, *rest = reward_rows(*inputs)
+        reward[3:6] = 0.5
+        return reward, *rest
+
+    monkeypatch.setattr(just_grpo, "reward_rows", one_equal_group)
+    monkeypatch.setattr(just_grpo, "roll_out", recording(just_grpo.roll_out, rolls))
+    monkeypatch.setattr(just_grpo, "advantage", recording(just_grpo.advantage, adv))
+    run, _ = trained(just_grpo, passes=1, **own)
+    (roll,), (adv,), (step,) = rolls, adv, run.steps
+    left = int((adv != 0).sum())
+    assert 0 < left < 12
+    model = exact_model()  # no step has been made: the policy is the old and the reference
+    total = sum(-A * just_values(model, roll, None, b, 0).sum() / L for b, A in enumerate(adv))
+    sums = gradient(model.network.parameters(), total)
+    for count in {left, 12}:
+        right = count == (left if leave else 12)
+        assert (relative_error(sums / count, step.gradient) < 1e-9) == right, count
 
 
 @pytest.mark.parametrize("module", [diffu_grpo, espo, just_grpo])
@@ -203,7 +253,7 @@ def test_just_grpo_is_egspo_where_a_step_reveals_the_next_token(float64):
     """All of its steps kept and no stepwise advantage: the same rollouts, and the same gradients in two
     passes."""
     both = dict(passes=2, beta=0.1, lr=1e-2)
-    ours, one = trained(just_grpo, eps=0.1, **both)
+    ours, one = trained(just_grpo, eps=0.1, normalise="none", **both)
     theirs, two = trained(egspo, lam=0.0, select="all", S=8, block=1, eps_lo=0.1, eps_hi=0.1, **both)
     pairs = list(zip(ours.steps, theirs.steps, strict=True))
     assert len(pairs) == 2 and max(relative_error(a.gradient, b.gradient) for a, b in pairs) < 1e-9
@@ -269,7 +319,7 @@ def test_just_grpo_sums_to_the_log_likelihood_of_its_order(eos_id):
 @pytest.mark.parametrize("eos_id", [None, 1])
 def test_just_grpo_is_the_policy_gradient(eos_id):
     """Groups of two, every pair of completions: (G - 1) / G of grad E[R], over L, downhill. The group's std
-    and the answers' lengths bend it."""
+    bends it, and so do the answers' lengths."""
     model, roll, p = left_to_right(eos_id)
     reward = torch.rand(len(p), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     exact = torch.autograd.grad((p * reward).sum(), model.table, retain_graph=True)[0]
@@ -277,16 +327,16 @@ def test_just_grpo_is_the_policy_gradient(eos_id):
     weight = p.detach()[pairs].view(-1, 2).prod(1).repeat_interleave(2)[:, None] / 2  # mean over the two rows
     logp, valid = all_tokens(model, roll), roll.valid
 
-    def found(grpo_norm: bool) -> torch.Tensor:
-        adv = just_grpo.advantage(reward[pairs], 2, grpo_norm)[:, None]
-        length = valid.sum(1, keepdim=True)[pairs] if grpo_norm else 3
+    def found(normalise: str, length=3) -> torch.Tensor:
+        adv = just_grpo.advantage(reward[pairs], 2, normalise)[:, None]
         loss, _ = just_grpo.token_loss(logp[pairs], logp.detach()[pairs], adv, 0.2)
         total = (weight * loss * valid[pairs] / length).sum()
         return torch.autograd.grad(total, model.table, retain_graph=True)[0]
 
-    assert relative_error(exact, -3 * 2 * found(False)) < 1e-10
-    bent = -found(True)
-    assert relative_error(exact, bent * (exact * bent).sum() / (bent * bent).sum()) > 0.05
+    assert relative_error(exact, -3 * 2 * found("none")) < 1e-10
+    lengths = valid.sum(1, keepdim=True)[pairs]
+    for bent in [-found("released")] + ([-found("none", lengths)] if eos_id else []):
+        assert relative_error(exact, bent * (exact * bent).sum() / (bent * bent).sum()) > 0.05
 
 
 def every_order(model, y: list[int]) -> torch.Tensor:
@@ -373,7 +423,7 @@ def test_what_is_tested_elsewhere_is_the_same_text():
         assert inspect.getsource(ours) == inspect.getsource(theirs)
 
 
-@pytest.mark.parametrize("advantage", [*ADVANTAGES, grpo_advantage])
+@pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_equal_rewards_give_exactly_no_advantage(advantage):
     """Subtracting the mean is not enough: in fp32 the mean of six times 0.9 is not 0.9."""
     reward = torch.tensor([0.9] * 6 + [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
@@ -381,13 +431,18 @@ def test_equal_rewards_give_exactly_no_advantage(advantage):
     assert adv[:6].abs().max() == 0 and (adv[6:] * (reward[6:] - 0.5) > 0).all()
 
 
-@pytest.mark.parametrize("advantage", ADVANTAGES)
-def test_advantage_by_hand(advantage):
-    """Neither divided by a std nor against the others alone."""
+def test_advantage_by_hand():
+    """diffu-GRPO: minus the mean. ESPO: minus the mean of the others. JustGRPO: over the std (that of G - 1)
+    and 1e-4, which is felt where rewards hardly differ."""
     reward = torch.tensor([1.0, 0.0, 2.0, 0.3, 0.0, 0.0])
-    torch.testing.assert_close(advantage(reward, 3), torch.tensor([0.0, -1.0, 1.0, 0.2, -0.1, -0.1]))
-    by_std = torch.tensor([0.0, -1.0, 1.0, *(torch.tensor([0.2, -0.1, -0.1]) / 0.03**0.5)])
-    torch.testing.assert_close(grpo_advantage(reward, 3), by_std)
+    expected = torch.tensor([0.0, -1.0, 1.0, 0.2, -0.1, -0.1])
+    for advantage in (diffu_grpo.advantage, centred):
+        torch.testing.assert_close(advantage(reward, 3), expected)
+    torch.testing.assert_close(espo.advantage(reward, 3), torch.tensor([0.0, -1.5, 1.5, 0.3, -0.15, -0.15]))
+    std = torch.tensor([1.0] * 3 + [0.03**0.5] * 3)
+    torch.testing.assert_close(by_std(reward, 3), expected / (std + 1e-4))
+    close = torch.tensor([0.0, 1e-4])
+    torch.testing.assert_close(by_std(close, 2), torch.tensor([-5e-5, 5e-5]) / (1e-4 / 2**0.5 + 1e-4))
 
 
 LOSSES = {
@@ -419,7 +474,8 @@ def test_a_file_runs_by_itself_from_anywhere(tmp_path):
     files = [ROOT / f"{method.replace('.', '/')}.py" for method in BASELINES]
     assert set(files) == set((ROOT / "baselines").glob("*.py"))
     start = [file.read_text().partition("import sys\n")[2].partition("from common")[0] for file in files]
-    assert len({text.replace(", replace", "") for text in start}) == 1 and "sys.path" in start[0]
+    same = {text.replace(", replace", "").replace("from typing import Literal\n", "") for text in start}
+    assert len(same) == 1 and "sys.path" in start[0]
     command = [sys.executable, "-P", str(files[1]), "--resume", "nowhere"]  # -P: not its folder on the path
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert "nowhere holds no run to resume" in done.stderr and done.returncode == 2

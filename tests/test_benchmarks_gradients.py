@@ -7,8 +7,9 @@ import torch
 from benchmarks import gradients, tabular
 from common import denoise, distinct, generator
 
-EXACT = "EGSPO", "EGSPO-SA", "EGSPO, K 2 of 3, uniform", "JustGRPO"
-BIASED = "EGSPO-SA, rank", "EGSPO, K 2 of 3", "EGSPO, order confidence", "JustGRPO, std"
+EXACT = ("EGSPO", "EGSPO-SA", "EGSPO, K 2 of 3, uniform", "EGSPO, K 2 of 3, importance",
+         "EGSPO, K 1 of 3, importance", "JustGRPO, no std")
+BIASED = "EGSPO-SA, rank", "EGSPO, K 2 of 3", "EGSPO, order confidence", "JustGRPO"
 
 
 @pytest.mark.parametrize("kind", ["own", "shared"])
@@ -42,8 +43,8 @@ def test_every_rollout_is_what_the_sampler_does(order, threshold, block):
 
 
 @pytest.mark.parametrize("name", [
-    "EGSPO-SA, K 2 of 3, rank", "EGSPO, K 2 of 3, uniform", "RLDF", "wd1++", "GDSD-TLC",
-    "diffu-GRPO", "ESPO", "JustGRPO"])
+    "EGSPO-SA, K 2 of 3, rank", "EGSPO, K 2 of 3, uniform", "EGSPO, K 2 of 3, importance", "RLDF", "wd1++",
+    "GDSD-TLC", "GDSD, elbo", "diffu-GRPO", "ESPO", "JustGRPO"])
 def test_moments_against_samples(name, monkeypatch):
     """10,000 groups, each row an outcome of its own. False alarm: |z| > 5 of two numbers, about 1e-6."""
     honest, seen = gradients.moments, []

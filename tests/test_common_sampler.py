@@ -109,7 +109,7 @@ def test_equals_a_slow_version(order, threshold, block, temperature):
     """Tokens, steps, guesses, log-probs, entropies, valid and NFE, for prompts of three lengths."""
     model = sharp_model(OFTEN, torch.float64)
     options = {"block": block, "temperature": temperature, "order": order, "threshold": threshold}
-    roll = rollout(model, guess=True, **options)
+    roll = rollout(model, guess="greedy", **options)
     made, full = nfe(model)
     slow = [
         slow_row(model, roll.prompt[b][roll.prompt_mask[b]].tolist(), generators()[b // G], b % G, **options)
@@ -247,7 +247,7 @@ def test_the_mask_token_is_never_sampled():
     assert (raw.argmax(-1) == model.mask_id).all()  # the network wants nothing else
     assert (model.head(h)[..., model.mask_id] == -math.inf).all()
     for options in ({}, {"temperature": 0.0}, {"order": "random"}, {"order": "confidence", "threshold": 0.5}):
-        roll = rollout(model, guess=True, **options)
+        roll = rollout(model, guess="greedy", **options)
         assert (roll.completion != model.mask_id).all() and (roll.guess != model.mask_id).all()
         assert roll.logp.isfinite().all() and roll.entropy.isfinite().all()
         assert (roll.entropy < math.log(13) + 1e-6).all()  # 13 tokens are left
@@ -300,7 +300,7 @@ def test_nfe_counts_rows_and_guesses_are_free(threshold, monkeypatch):
     at_work = [len(set(row) - {roll.S}) for row in roll.revealed_at.tolist()]
     assert made < full == sum(at_work) < 3 * G * roll.S
     forwards = len(seen)
-    with_guess = rollout(model, threshold=threshold, guess=True)
+    with_guess = rollout(model, threshold=threshold, guess="greedy")
     assert nfe(model) == (made, full) and len(seen) == 2 * forwards
     assert torch.equal(with_guess.completion, roll.completion) and torch.equal(with_guess.logp, roll.logp)
     assert roll.guess is None and with_guess.guess.shape == (3 * G, roll.S, L)
@@ -309,7 +309,7 @@ def test_nfe_counts_rows_and_guesses_are_free(threshold, monkeypatch):
 @pytest.mark.parametrize("threshold", [None, 0.5])
 def test_a_budget_changes_nothing_but_the_size_of_the_forwards(threshold, monkeypatch):
     model = sharp_model(OFTEN)
-    whole = rollout(model, threshold=threshold, guess=True)
+    whole = rollout(model, threshold=threshold, guess="greedy")
     made = nfe(model)
     prompt, prompt_mask = padded_prompts(model, G)
     assert not prompt_mask.all()
@@ -325,7 +325,7 @@ def test_a_budget_changes_nothing_but_the_size_of_the_forwards(threshold, monkey
         seen.clear()
         masks.clear()
         roll = roll_out(model, prompt, prompt_mask, generators(), L=L, S=S, block=BLOCK, threshold=threshold,
-                        guess=True, budget=budget)
+                        guess="greedy", budget=budget)
         assert max(map(len, seen)) == groups * G  # a group is never split, however small the budget
         for field in ("prompt", "prompt_mask", "completion", "revealed_at", "valid", "guess"):
             assert torch.equal(getattr(roll, field), getattr(whole, field)), field
@@ -390,7 +390,7 @@ def test_shift(order):
     prompt = torch.tensor([[0, 1, 2]])
     right = torch.tensor([[3, 4, 5, 6]])
     gens = [common.generator("cpu", 0)]
-    options = {"L": 4, "S": 4, "block": 2, "order": order, "guess": True}
+    options = {"L": 4, "S": 4, "block": 2, "order": order, "guess": "greedy"}
     roll = denoise(shifted_stub(shift=True), prompt, prompt >= 0, gens, **options)
     assert torch.equal(roll.completion, right) and (roll.guess == right[:, None]).all()
     wrong = denoise(shifted_stub(shift=False), prompt, prompt >= 0, gens, **options)
@@ -400,7 +400,7 @@ def test_shift(order):
 def test_until_eos_and_rows_of_a_rollout():
     tokens = torch.tensor([[5, 9, 5, 9], [9, 5, 5, 5], [5, 5, 5, 5]])
     assert common.until_eos(tokens, 9).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-    roll = rollout(sharp_model(), guess=True)
+    roll = rollout(sharp_model(), guess="greedy")
     some = torch.tensor([5, 2])
     for rows in (some, slice(3, 7), torch.arange(12) % 5 == 0):
         part = roll[rows]

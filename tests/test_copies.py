@@ -32,7 +32,7 @@ class Digits:  # the tokens 0 to 9; 10 ends an answer, 11 pads, 12 is the mask
     chat_template = None
     def __call__(self, texts, add_special_tokens):
         return {"input_ids": [list(map(int, text)) for text in texts]}
-    def batch_decode(self, rows, skip_special_tokens):
+    def batch_decode(self, rows):
         return ["".join(str(token) for token in row if token < 10) for row in rows]
 
 def reward(text, row):
@@ -59,9 +59,11 @@ assert not any(map(importlib.util.find_spec, ("plumbing", "tasks", "benchmarks",
 assert not {"tyro", "transformers", "datasets", "matplotlib"} & sys.modules.keys()
 '''
 SHAPE = dict(prompts=4, G=4, L=8, S=4, block=4, minibatches=2, lr=1e-2, seed=3)
-OWN = {"egspo": dict(K=2, beta=0.1, passes=2), "rldf": dict(K=2, threshold=0.3, beta=0.1),
-       "wd1": dict(passes=2), "gdsd": dict(beta=0.1, psi=2.0),
-       "baselines.diffu_grpo": dict(beta=0.1, passes=2), "baselines.espo": dict(beta=0.1), "baselines.just_grpo": dict(beta=0.1)}
+OWN = {
+    "egspo": dict(K=2, beta=0.1, passes=2), "rldf": dict(K=2, threshold=0.3, beta=0.1), "wd1": dict(passes=2),
+    "gdsd": dict(beta=0.1, psi=2.0), "baselines.diffu_grpo": dict(beta=0.1, passes=2),
+    "baselines.espo": dict(beta=0.1), "baselines.just_grpo": dict(beta=0.1),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,8 +78,8 @@ def test_two_files_are_enough_and_do_what_the_plumbing_does(method, tmp_path, mo
     command = [sys.executable, "project.py"]
     done = subprocess.run(command, cwd=here, env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    printed = [dict(re.findall(r"(\w+) (\S+)", line)) for line in done.stdout.splitlines()]
-    assert [float(line["update"]) for line in printed] == [0, 1, 2]
+    printed = [dict(re.findall(r"(\w+) ([^ :]+)", line)) for line in done.stdout.splitlines()]
+    assert [int(line["update"]) for line in printed] == [0, 1, 2]
 
     ours = {}
     exec(PROJECT, ours)

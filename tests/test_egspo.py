@@ -24,57 +24,73 @@ def slow_step_logp(model, roll, b: int, s: int, temperature: float = 0.7) -> tor
 
 
 def slow_loss(
-    model, roll, logp_ref: dict, steps, taken, reward, guess_reward, baseline: str, count: int = 12 * 3 * 2,
-    temperature: float = 0.7,
+    model, roll, logp_ref: dict, steps, taken, reward, guess_reward, baseline: str, linear: bool = False,
+    importance: bool = False, count: int = 12 * 3 * 2, temperature: float = 0.7,
 ) -> torch.Tensor:
-    """The formula, a row and a step at a time: B 12, G 3, K 3, n 2; divided by B K n."""
+    """The formula, a row and a step at a time: B 12, G 3, K 3, S 4, n 2; divided by B K n."""
     total = 0.0
     for b, k in taken.nonzero().tolist():
         s, group = steps[b, k].item(), range(b // 3 * 3, b // 3 * 3 + 3)
         rank = [b2 for b2 in group if taken[b2, k]]
-        same = [(b2, k2) for b2 in group for k2 in range(3) if taken[b2, k2] and steps[b2, k2] == s]
+        same = {b2: guess_reward[b2, k2] for b2 in group for k2 in range(3)
+                if taken[b2, k2] and steps[b2, k2] == s}  # a row once, however often it drew the step
 
         def ret(b2, k2):
-            return (reward[b2] + 0.5 * (reward[b2] - guess_reward[b2, k2])) / 1.5
+            lam = 0.5 * steps[b2, k2].item() / 4 if linear else 0.5
+            return (reward[b2] + lam * (reward[b2] - guess_reward[b2, k2])) / (1 + lam)
 
         adv = ret(b, k) - sum(ret(b2, k) for b2 in rank) / len(rank)
         if baseline == "step":
+            lam = 0.5 * s / 4 if linear else 0.5
             R = reward[b] - sum(reward[b2] for b2 in group) / 3
-            r = guess_reward[b, k] - sum(guess_reward[at] for at in same) / len(same)
-            adv = R - r * 0.5 / 1.5
+            r = guess_reward[b, k] - sum(same.values()) / len(same)
+            adv = R - r * lam / (1 + lam)
         old = sum(roll.logp[b, i] for i in range(8) if roll.revealed_at[b, i] == s)
         logp = slow_step_logp(model, roll, b, s, temperature)
         ratio, d = (logp - old).exp(), logp_ref[b, s] - logp
         gain = torch.minimum(ratio * adv, ratio.clamp(1 - 0.1, 1 + 0.2) * adv)
-        total = total + (-gain + 0.3 * (d.exp() - d - 1)) / count
+        at_step = [roll.entropy[b, i] for i in range(8) if roll.revealed_at[b, i] == s]
+        weight = roll.entropy[b].sum() / sum(at_step) / 4 if importance else 1.0  # 1 / (S P(s))
+        total = total + weight * (-gain + 0.3 * (d.exp() - d - 1)) / count
     return total
 
 
-@pytest.mark.parametrize("baseline", ["step", "rank"])
-def test_an_update_has_the_loss_and_the_gradient_of_the_formula(baseline, float64, monkeypatch):
-    """Two passes: the ratio is 1 in the first, the clip bites in the second. The other baseline, another
+VARIANTS = {"step": {}, "rank": {}, "step, linear": dict(linear=True), "rank, linear": dict(linear=True),
+            "step, importance": dict(importance=True)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_update_has_the_loss_and_the_gradient_of_the_formula(variant, float64, monkeypatch):
+    """Two passes: the ratio is 1 in the first, the clip bites in the second. Every other variant, another
     temperature of scoring and a mean over the kept pairs alone are rejected."""
-    seen = {name: [] for name in ("roll_out", "select_steps", "reward_rows")}
+    baseline, options = variant.partition(",")[0], VARIANTS[variant]
+    draw = "draw_steps" if "importance" in options else "select_steps"
+    seen = {name: [] for name in ("roll_out", draw, "reward_rows")}
     for name, found in seen.items():
         monkeypatch.setattr(egspo, name, recording(getattr(egspo, name), found))
     run = NotedRun(updates=1)
     args = egspo.Args(prompts=4, G=3, L=8, S=4, block=4, temperature=0.7, K=3, baseline=baseline, passes=2,
-                      minibatches=1, beta=0.3, eps_lo=0.1, eps_hi=0.2, lr=1e-2, budget=200)
+                      minibatches=1, beta=0.3, eps_lo=0.1, eps_hi=0.2, lr=1e-2, budget=200, order="top_prob",
+                      lam_schedule="linear" if "linear" in options else "constant",
+                      select="importance" if "importance" in options else "entropy")
     egspo.train(args, exact_model(3.0), toy_task(), run)
-    (roll,), ((steps, taken),) = seen["roll_out"], seen["select_steps"]
+    (roll,), ((steps, taken, *_),) = seen["roll_out"], seen[draw]
     reward, guess_reward = (found[0] for found in seen["reward_rows"])
-    assert not taken.all() and len(run.steps) == 2
+    assert (roll.revealed_at == roll.S).any() and (draw == "draw_steps" or not taken.all())
+    assert len(run.steps) == 2
     model = exact_model(3.0)
     with torch.no_grad():
         logp_ref = {(b, s): slow_step_logp(model, roll, b, s) for b in range(12) for s in range(4)}
     inputs = roll, logp_ref, steps, taken, reward, guess_reward.view(12, 3)
-    other = {"rank": "step", "step": "rank"}[baseline]
     losses = []
     for step in run.steps:
         model.network.load_state_dict(step.weights)
-        right = slow_loss(model, *inputs, baseline)
-        wrong = [slow_loss(model, *inputs, other), slow_loss(model, *inputs, baseline, temperature=1.0),
-                 slow_loss(model, *inputs, baseline, count=int(taken.sum()) * 2)]
+        right = slow_loss(model, *inputs, baseline, **options)
+        wrong = [slow_loss(model, *inputs, other.partition(",")[0], **changes)
+                 for other, changes in VARIANTS.items() if other != variant]
+        wrong.append(slow_loss(model, *inputs, baseline, **options, temperature=1.0))
+        if not taken.all():
+            wrong.append(slow_loss(model, *inputs, baseline, **options, count=int(taken.sum()) * 2))
         of = [gradient(model.network.parameters(), loss) for loss in (right, *wrong)]
         assert relative_error(of[0], step.gradient) < 1e-10
         assert all(relative_error(found, step.gradient) > 1e-5 for found in of[1:])
@@ -229,6 +245,96 @@ def test_steps_without_entropy_contribute_exactly_nothing():
         assert torch.autograd.grad(logp.sum(), model.table)[0].abs().max() == 0
 
 
+# -------------------------------------------------------------------------- which draws of steps are unbiased
+
+
+def enumerated(L: int, n: int, block: int, eos_id: int | None = None) -> tuple:
+    """A model, the probability (N,) of every trajectory, their rows with entropies, a reward (N,) of the
+    completions and the exact gradient of E[R]."""
+    model = Tabular(V, L, seed=5, eos_id=eos_id)
+    found = zip(*enumerate_rollouts(model, L, n, "top_prob", block), strict=True)
+    probability, completions, steps = found
+    probability = torch.stack(probability)
+    roll = as_rollout(model, completions, steps, L // n)
+    for i, j in (roll.revealed_at < roll.S).nonzero().tolist():
+        shown = roll.completion[i].masked_fill(roll.revealed_at[i] >= roll.revealed_at[i, j], model.mask_id)
+        p = probabilities(model, shown.tolist())[j].detach()
+        roll.entropy[i, j] = torch.special.entr(p).sum()
+    value = torch.randn((V + 2) ** L, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    reward = value[(roll.completion * (V + 2) ** torch.arange(L)).sum(1)]
+    exact = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
+    return model, probability.detach(), roll, reward, exact
+
+
+def every_draw(roll: Rollout, K: int):
+    """(probability (N,), noise (N, K)) of all that K draws with replacement can be: P(s) = H_s / sum of H."""
+    share = torch.zeros(len(roll.entropy), roll.S, dtype=torch.float64)
+    for i, j in (roll.revealed_at < roll.S).nonzero().tolist():
+        share[i, roll.revealed_at[i, j]] += roll.entropy[i, j]
+    share /= share.sum(1, keepdim=True)
+    middle = share.cumsum(1) - share / 2  # of the numbers that stand for a step
+    for steps in itertools.product(range(roll.S), repeat=K):
+        yield share[:, steps].prod(1), middle[:, steps]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["n1", "n2", "eos"])
+def test_importance_draws_are_unbiased(shape):
+    """Two draws of two to four steps, over all trajectories and all draws. Without the weights, and with the
+    weights of a uniform draw's steps, they are not."""
+    model, probability, roll, reward, exact = enumerated(**shape)
+    right, unweighted = torch.zeros(2, *exact.shape, dtype=torch.float64)
+    for share, noise in every_draw(roll, 2):
+        steps, taken, weight = egspo.draw_steps(roll, noise)
+        assert taken[share > 0].all()
+        logp = torch.stack([step_logp(model, roll, s) for s in steps.T], 1)  # (N, 2)
+        loss = (share * probability * reward)[:, None] * logp * roll.S / 2
+        right += torch.autograd.grad((loss * weight).sum(), model.table, retain_graph=True)[0]
+        unweighted += torch.autograd.grad(loss.sum(), model.table)[0]
+    assert relative_error(exact, right) < 1e-12
+    assert relative_error(exact, unweighted) > 0.05
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["n1", "n2", "eos"])
+def test_uniform_draws_are_unbiased_unless_an_eos_ends_rows_early(shape):
+    """One step of each row, by every order that the noise can have. A row of fewer steps than S has each of
+    them drawn too often."""
+    model, probability, roll, reward, exact = enumerated(**shape)
+    orders = [torch.tensor(order) / roll.S for order in itertools.permutations(range(roll.S))]
+    total = torch.zeros((), dtype=torch.float64)
+    for noise in orders:
+        steps, taken = egspo.select_steps(roll, 1, noise.expand(len(reward), -1))
+        assert taken.all()
+        total = total + (probability * reward * step_logp(model, roll, steps[:, 0])).sum() * roll.S
+    error = relative_error(exact, torch.autograd.grad(total / len(orders), model.table)[0])
+    assert error > 0.1 if "eos_id" in shape else error < 1e-12
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_importance_draws_are_unbiased_with_the_groups_baseline(lam):
+    """Two rows in a group, one draw for each: all pairs of trajectories and draws. An arbitrary r_s for each
+    state. The mean of two takes half of R and r_s away, whichever steps the other row kept."""
+    model, probability, roll, reward, exact = enumerated(**SHAPES[0])
+    N, S = len(reward), roll.S
+    value = torch.randn((V + 2) ** 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    state = torch.where(roll.revealed_at[:, None] >= torch.arange(S)[:, None], model.mask_id,
+                        roll.completion[:, None])  # (N, S, L)
+    guess_reward = value[(state * (V + 2) ** torch.arange(3)).sum(2)]  # (N, S)
+    logp = torch.stack([step_logp(model, roll, torch.full((N,), s)) for s in range(S)], 1)  # (N, S)
+    pairs = torch.cartesian_prod(torch.arange(N), torch.arange(N))  # (N * N, 2)
+    total = torch.zeros((), dtype=torch.float64)
+    draws = list(every_draw(roll, 1))
+    for one, two in itertools.product(draws, draws):
+        share = one[0][pairs[:, 0]] * two[0][pairs[:, 1]] * probability[pairs].prod(1)  # (N * N,)
+        noise = torch.stack([one[1][pairs[:, 0]], two[1][pairs[:, 1]]], 1).view(-1, 1)
+        rows = pairs.flatten()
+        steps, taken, weight = egspo.draw_steps(roll[rows], noise)
+        guess = guess_reward[rows].gather(1, steps)
+        adv = egspo.stepwise_advantage(reward[rows], guess, steps, taken, 2, S, lam, "step")
+        gain = adv * weight * logp[rows].gather(1, steps) * S
+        total = total + (share.repeat_interleave(2)[:, None] * gain).sum()  # two rows, each half a gradient
+    assert relative_error(exact, torch.autograd.grad(total, model.table)[0]) < 1e-12
+
+
 # ----------------------------------------------------------------------------------------- the functions
 
 
@@ -264,6 +370,50 @@ def test_select_uniform_is_uniform_and_ranked_by_entropy():
     assert kept.all() and ((share - 0.5).abs() < 5 * (0.25 / 20_000) ** 0.5).all()
     entropy = per_step(roll.entropy, roll.revealed_at, 4).gather(1, steps)
     assert (entropy[:, 0] >= entropy[:, 1]).all()
+
+
+def test_draw_steps_against_loops():
+    roll = random_rollout()
+    roll.entropy[2] = 0.0  # a row that was certain of everything
+    noise = torch.rand(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise[0, 0] = 0.0  # rand can return 0
+    steps, taken, weight = egspo.draw_steps(roll, noise)
+    for b in range(6):
+        H = [0.0] * 4
+        for i in range(8):
+            if roll.revealed_at[b, i] < 4:
+                H[roll.revealed_at[b, i]] += roll.entropy[b, i].item() / 2
+        if b == 2:
+            assert not taken[b].any() and not weight[b].any()
+            continue
+        drawn = []
+        for u in noise[b].tolist():
+            s = 0
+            while sum(H[: s + 1]) <= u * sum(H):
+                s += 1
+            drawn.append(s)
+        drawn.sort(key=lambda s: -H[s])
+        assert taken[b].all() and steps[b].tolist() == drawn
+        expected = [sum(H) / H[s] / 4 for s in drawn]
+        torch.testing.assert_close(weight[b], torch.tensor(expected))
+    assert (steps[1] < 2).all()  # of a row that an EOS ended after two steps, those alone
+
+
+def test_linear_lambda():
+    """lambda s / S, s the denoising step: at each kept step a number of its own, none at step 0."""
+    gen = torch.Generator().manual_seed(0)
+    R, r = torch.rand(4, generator=gen), torch.rand(4, 3, generator=gen)
+    steps = torch.tensor([[2, 0, 3], [3, 2, 0], [0, 3, 2], [2, 3, 0]])
+    lam = 0.5 * steps / 4
+    adv = egspo.stepwise_advantage(R, r, steps, torch.ones_like(r, dtype=torch.bool), 4, 4, lam, "step")
+    for b, k in itertools.product(range(4), range(3)):
+        same = [r[c, j] for c in range(4) for j in range(3) if steps[c, j] == steps[b, k]]
+        lam_s = 0.5 * steps[b, k].item() / 4
+        expected = R[b] - R.mean() - lam_s / (1 + lam_s) * (r[b, k] - sum(same) / 4)
+        assert adv[b, k].item() == pytest.approx(expected.item(), abs=1e-6)
+    by_rank = egspo.stepwise_advantage(R, r, steps, torch.ones_like(r, dtype=torch.bool), 4, 4, lam, "rank")
+    ret = (R[:, None] + lam * (R[:, None] - r)) / (1 + lam)
+    torch.testing.assert_close(by_rank, ret - ret.mean(0))
 
 
 def test_stepwise_advantage_identity():

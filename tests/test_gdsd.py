@@ -1,4 +1,4 @@
-"""GDSD: whole updates against the formula of the docstring, what centred logits can do that the released code
+"""GDSD: whole updates against the formula of the docstring, what centred logits can do that their softmax
 cannot, then each function against slow loops."""
 
 import itertools
@@ -51,9 +51,9 @@ def draw(roll: Rollout, pairs: int, seed: int = 0) -> torch.Tensor:
     return mask_pairs(roll.valid, noise)
 
 
-def pair_score(model, roll: Rollout, hidden: torch.Tensor, match: str, temperature: float) -> torch.Tensor:
-    """gdsd.pair_score on the canvases of the mask pairs hidden (B, 2, L)."""
-    return gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, temperature)
+def pair_score(model, roll: Rollout, hidden: torch.Tensor, match: str, temperature: float, **how):
+    """c (B,) of gdsd.pair_score on the canvases of the mask pairs hidden (B, 2, L)."""
+    return gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, temperature, **how)[0]
 
 
 def record(monkeypatch, name: str) -> list:
@@ -66,21 +66,24 @@ def record(monkeypatch, name: str) -> list:
 # ---------------------------------------------------------------------------------------- a whole update
 
 
-def slow_score(model, roll, b: int, pair, match: str, temperature: float) -> torch.Tensor:
-    """c of row b: token by token up to the EOS, each on the canvas of `pair` (2, L) that hides it, its prompt
-    without padding."""
+def slow_score(model, roll, b: int, pair, match: str, temperature: float, weights="pair", topk=99) -> tuple:
+    """c and l of row b: token by token up to the EOS, each on the canvas of `pair` (2, L) that hides it, its
+    prompt without padding."""
     y = roll.completion[b].tolist()
     end = y.index(model.eos_id) + 1 if model.eos_id in y else len(y)
-    total = 0.0
+    c = l = 0.0
     for i in range(end):
         (mask,) = [m for m in pair.tolist() if m[i]]
         shown = [model.mask_id if m else t for m, t in zip(mask, y, strict=True)]
         assert shown[end:] == [model.mask_id] * (len(y) - end)
         x = torch.cat([roll.prompt[b][roll.prompt_mask[b]], torch.tensor(shown)])
         z = model.head(model.body(x[None], None))[0, len(x) - len(y) + i] / temperature
-        rest = [v for v in range(len(z)) if v != model.mask_id]
-        total = total + z[y[i]] - (z[rest].mean() if match == "tlc" else z[rest].exp().sum().log())
-    return total / end
+        rest = torch.stack([z[v] for v in range(len(z)) if v != model.mask_id])
+        logp = z[y[i]] - rest.exp().sum().log()
+        read_out = logp if match == "logp" else z[y[i]] - rest.sort(descending=True).values[:topk].mean()
+        weight = 1.0 if weights == "pair" else (end + 1) / sum(mask[:end]) / 2
+        c, l = c + weight * read_out, l + weight * logp
+    return c / end, l / end
 
 
 def slow_advantages(model, roll) -> list[float]:
@@ -93,47 +96,53 @@ def slow_advantages(model, roll) -> list[float]:
 SHAPE = dict(prompts=4, G=3, L=8, S=4, block=4, temperature=T, num_mc=2, seed=4)
 
 
-@pytest.mark.parametrize("match", MATCHES)
-def test_updates_have_the_loss_and_the_gradient_of_the_formula(match, float64, monkeypatch):
-    """Two updates of three passes: the scores of old, reference and policy are of different networks. The
-    other read-out, a mean over the group with the row itself and a sum over the two masks are rejected."""
+@pytest.mark.parametrize("match, how", [
+    ("logp", {}), ("tlc", {}), ("logp", {"weights": "elbo"}), ("tlc", {"weights": "elbo", "topk": 3})])
+def test_updates_have_the_loss_and_the_gradient_of_the_formula(match, how, float64, monkeypatch):
+    """Two updates of three passes: the scores of old, reference and policy are of different networks.
+    Rejected: the other read-out, the other weights, a KL of centred logits, a mean over the group with
+    the row itself, and a sum over the two masks."""
     rolls, masks = record(monkeypatch, "roll_out"), record(monkeypatch, "mask_pairs")
     run = NotedRun(updates=2)
     args = gdsd.Args(**SHAPE | dict(prompts=2, match=match, passes=3, minibatches=1, psi=2.0, beta=0.3,
-                                    budget=100, lr=1e-2))
+                                    budget=100, lr=1e-2) | how)
     gdsd.train(args, exact_model(), toy_task(), run)
     assert rolls[0].valid.sum(1).unique().numel() > 3 and len(run.steps) == 2 * 3
     model = exact_model()
     start = {k: v.clone() for k, v in model.network.state_dict().items()}
 
-    def c(weights, roll, hidden, match=match):
+    def scores(weights, roll, hidden, match=match, how=how):
+        """c and l of every row and pair."""
         model.network.load_state_dict(weights)
-        return [slow_score(model, roll, b, hidden[b, j], match, T) for b in range(6) for j in range(2)]
+        return [slow_score(model, roll, b, hidden[b, j], match, T, **how) for b in range(6) for j in range(2)]
 
     for update in range(2):
         roll, hidden, losses = rolls[update], masks[update], []
         steps = run.steps[3 * update : 3 * update + 3]
         adv = slow_advantages(model, roll)
         with torch.no_grad():
-            ref, old = (c(weights, roll, hidden) for weights in (start, steps[0].weights))
+            ref, old = (scores(weights, roll, hidden) for weights in (start, steps[0].weights))
 
-        def loss_of(c_new, adv, scale=1.0, old=old, ref=ref):
-            squares = [(scale * (new - old[k]) - 2 * adv[k // 2]) ** 2 + 0.3 * (scale * (new - ref[k])) ** 2
-                       for k, new in enumerate(c_new)]
+        def loss_of(new, adv, scale=1.0, kl_of=1, old=old, ref=ref):
+            squares = [(scale * (new[k][0] - old[k][0]) - 2 * adv[k // 2]) ** 2
+                       + 0.3 * (scale * (new[k][kl_of] - ref[k][kl_of])) ** 2 for k in range(12)]
             return sum(squares) / 12
 
         for step in steps:
-            c_new = c(step.weights, roll, hidden)
-            loss = loss_of(c_new, adv)
-            with_itself = loss_of(c_new, [a * 2 / 3 for a in adv])
-            summed = loss_of(c_new, adv, scale=2.0)
-            right, *wrong = (gradient(model.network.parameters(), value)
-                             for value in (loss, with_itself, summed))
+            new = scores(step.weights, roll, hidden)
+            loss = loss_of(new, adv)
+            mistakes = [loss_of(new, [a * 2 / 3 for a in adv]), loss_of(new, adv, scale=2.0)]
+            if match == "tlc" and step is not run.steps[0]:  # there the policy is the reference: no KL
+                mistakes.append(loss_of(new, adv, kl_of=0))
+            right, *wrong = (gradient(model.network.parameters(), value) for value in (loss, *mistakes))
             assert relative_error(right, step.gradient) < 1e-10
             assert all(relative_error(step.gradient, found) > 0.01 for found in wrong)
             assert step.loss == pytest.approx(loss.item(), rel=1e-10)
-            other = loss_of(c(step.weights, roll, hidden, {"tlc": "logp", "logp": "tlc"}[match]), adv)
-            assert relative_error(step.gradient, gradient(model.network.parameters(), other)) > 0.01
+            other_weights = how | {"weights": "pair" if how else "elbo"}
+            for other in ({"match": {"tlc": "logp", "logp": "tlc"}[match]}, {"how": other_weights}):
+                value = loss_of(scores(step.weights, roll, hidden, **other), adv)
+                found = gradient(model.network.parameters(), value)
+                assert relative_error(step.gradient, found) > 0.01
             losses.append(loss.item())
         assert run.logged[update]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-10)
         assert abs(losses[1] - losses[0]) > 1e-3  # the weights moved, c_old did not
@@ -143,7 +152,8 @@ def test_updates_have_the_loss_and_the_gradient_of_the_formula(match, float64, m
 
 
 def test_cross_entropy_undoes_the_centring():
-    """Why the released code's centring does nothing, and why our `tlc` has no softmax."""
+    """Why the centring of the authors' code did nothing in May 2026 (commit 3fb6780; it does something since
+    0c0bd6c), and why our `tlc` has no softmax."""
     z = 3 * torch.randn(7, 11, generator=seeded(), dtype=torch.float64)
     token = torch.arange(7)
     torch.testing.assert_close(cross_entropy(z - z.mean(1, keepdim=True), token), cross_entropy(z, token))
@@ -168,6 +178,18 @@ def test_centred_logit_leaves_the_mask_token_out_and_ignores_a_shift():
     assert (over_all - found).abs().max() > 0.01
 
 
+def test_centring_on_the_largest_logits():
+    """Value and gradient; as many as there are, or more, are all of them."""
+    z = torch.tensor([[4.0, 1.0, -math.inf, 3.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    at, token = torch.tensor([0, 0]), torch.tensor([1, 3])
+    found = centred_logit(z, at, token, 2)
+    assert found.tolist() == [1 - 3.5, 3 - 3.5]
+    found[0].backward()
+    assert z.grad.tolist() == [[-0.5, 1.0, 0.0, -0.5, 0.0]]
+    for topk in (4, 5, 99):
+        torch.testing.assert_close(centred_logit(z, at, token, topk), centred_logit(z, at, token))
+
+
 # ------------------------------------------------------------------------ one token, minimised exactly
 
 VISITED, REWARD = [0, 0, 1, 2], torch.tensor([1.0, 1.0, 0.0, 0.5], dtype=torch.float64)
@@ -177,21 +199,25 @@ P_REF = torch.tensor([0.3, 0.1, 0.2, 0.2, 0.2], dtype=torch.float64)
 PSI = 2.0
 
 
-def minimiser(match: str, p_old, beta: float) -> tuple[torch.Tensor, float]:
-    """p (V,) where the loss of a group that visited four tokens is smallest, and that loss."""
+def minimiser(match: str, p_old, beta: float, kl_of: int = 1) -> tuple[torch.Tensor, float]:
+    """p (V,) where the loss of a group that visited four tokens is smallest, and that loss. kl_of: the KL is
+    of log p (1) or of what is regressed (0)."""
     model = Tabular(5, 1, seed=0)
     roll = all_at_once(model, torch.tensor(VISITED)[:, None])
     hidden, adv = draw(roll, 1)[:, 0], advantage(REWARD, 4)
-    scores = []
-    for p in (P_REF, p_old):
-        model.table.data[5, 0, :5] = p.log() + 0.3
-        scores.append(pair_score(model, roll, hidden, match, 1.0).detach())
-    c_ref, c_old = scores
+
+    def scores():
+        return gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, 1.0)
+
+    model.table.data[5, 0, :5] = P_REF.log() + 0.3
+    ref = scores()[kl_of].detach()
+    model.table.data[5, 0, :5] = p_old.log() + 0.3
+    c_old = scores()[0].detach()
 
     def loss():
         optimizer.zero_grad()
-        c = pair_score(model, roll, hidden, match, 1.0)
-        value = distillation_loss(c, c_old, c_ref, adv, PSI, beta).mean()
+        both = scores()
+        value = distillation_loss(both[0], c_old, adv, PSI, both[kl_of], ref, beta).mean()
         value.backward()
         return value
 
@@ -215,11 +241,19 @@ def tilted(p_old, beta: float) -> torch.Tensor:
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("p_old", [RARE, COMMON], ids=["rare", "common"])
 def test_tlc_reaches_the_optimum_without_a_normaliser(p_old, beta):
-    p, loss = minimiser("tlc", p_old, beta)
+    """With a KL only where that, too, is of centred logits."""
+    p, loss = minimiser("tlc", p_old, beta, kl_of=0)
     torch.testing.assert_close(log_ratios(p), log_ratios(tilted(p_old, beta)), atol=1e-6, rtol=0)
     assert beta or loss < 1e-14
     first_order = p_old[:3] ** (1 - beta) * P_REF[:3] ** beta * tilted(p_old, 0) / p_old[:3]
     assert ((log_ratios(p) - log_ratios(first_order)).abs().max() > 0.1) == (beta > 0)
+
+
+@pytest.mark.parametrize("p_old", [RARE, COMMON], ids=["rare", "common"])
+def test_with_a_kl_on_log_p_tlc_misses_the_optimum_by_a_little(p_old):
+    """The KL brings the normaliser back."""
+    p, _ = minimiser("tlc", p_old, 0.5)
+    assert 0.01 < (log_ratios(p) - log_ratios(tilted(p_old, 0.5))).abs().max() < 0.1
 
 
 def test_logp_cannot_where_the_tilted_mass_exceeds_one():
@@ -307,9 +341,10 @@ def test_masks_of_a_group_depend_on_its_own_generator_only():
 # ------------------------------------------------------------------------------------------ the score
 
 
-@pytest.mark.parametrize("match", MATCHES)
-def test_pair_score_against_slow_loops(match):
-    """Value and gradient; row 0 has one valid token, row 1's first mask hides nothing and row 2's
+@pytest.mark.parametrize("match, how", [
+    ("logp", {}), ("tlc", {}), ("logp", {"weights": "elbo"}), ("tlc", {"weights": "elbo", "topk": 3})])
+def test_pair_score_against_slow_loops(match, how):
+    """Values and gradients; row 0 has one valid token, row 1's first mask hides nothing and row 2's
     everything."""
     model = sharp_model(dtype=torch.float64)
     roll = rollout(model)
@@ -317,23 +352,95 @@ def test_pair_score_against_slow_loops(match):
     everything = torch.ones(L, dtype=torch.bool)
     hidden[1] = torch.stack([~roll.valid[1], everything])
     hidden[2] = torch.stack([everything, ~roll.valid[2]])
-    c = pair_score(model, roll, hidden, match, T)
-    slow = torch.stack([slow_score(model, roll, b, hidden[b], match, T) for b in range(3 * G)])
-    torch.testing.assert_close(c, slow, atol=1e-6, rtol=1e-6)  # ModernBERT rotates in fp32
+    both = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, T, **how)
+    slow = zip(*[slow_score(model, roll, b, hidden[b], match, T, **how) for b in range(3 * G)], strict=True)
+    slow = [torch.stack(values) for values in slow]
     weight = torch.randn(3 * G, generator=seeded(), dtype=torch.float64)
-    found, expected = (gradient(model.network.parameters(), (weight * t).sum()) for t in (c, slow))
-    assert found.isfinite().all() and (found - expected).norm() < 1e-6 * expected.norm()
-    one = pair_score(model, roll[:1], hidden[:1], match, T)  # a batch of that row alone
-    torch.testing.assert_close(one, c[:1], atol=1e-6, rtol=1e-6)
+    for fast, value in zip(both, slow, strict=True):
+        torch.testing.assert_close(fast, value, atol=1e-6, rtol=1e-6)  # ModernBERT rotates in fp32
+        found, expected = (gradient(model.network.parameters(), (weight * t).sum()) for t in (fast, value))
+        assert found.isfinite().all() and (found - expected).norm() < 1e-6 * expected.norm()
+    assert (match == "logp") == torch.equal(*both)
+    one = pair_score(model, roll[:1], hidden[:1], match, T, **how)  # a batch of that row alone
+    torch.testing.assert_close(one, both[0][:1], atol=1e-6, rtol=1e-6)
     assert gradient(model.network.parameters(), one.sum()).isfinite().all()
 
-    tail_shown = pair_score(model, roll, hidden & roll.valid[:, None], match, T)
+    tail_shown = pair_score(model, roll, hidden & roll.valid[:, None], match, T, **how)
     every_token = roll[:]
     every_token.valid = torch.ones_like(roll.valid)
-    behind_eos = pair_score(model, every_token, hidden, match, T)
-    for wrong in (tail_shown, behind_eos, c * roll.valid.double().mean(1),
-                  pair_score(model, roll, hidden, match, 1.0)):
-        assert (wrong - slow).abs().max() > 0.1
+    behind_eos = pair_score(model, every_token, hidden, match, T, **how)
+    other = {"weights": "pair" if how else "elbo"} | {k: v for k, v in how.items() if k != "weights"}
+    for wrong in (tail_shown, behind_eos, both[0] * roll.valid.double().mean(1),
+                  pair_score(model, roll, hidden, match, 1.0, **how),
+                  pair_score(model, roll, hidden, match, T, **other)):
+        assert (wrong - slow[0]).abs().max() > 0.1
+
+
+def test_what_the_two_weights_estimate():
+    """Over every mask of one completion of 5 tokens: n E[c] is the ELBO, which is the mean over all orders of
+    log p along the order, or twice E_t[log p(x0 | x_t)]. The two numbers were found by enumeration of the
+    authors' formula and of ours on this table; those of (n / k) and of no halving are others."""
+    model, y = Tabular(4, 5, seed=0), [2, 0, 3, 1, 1]
+    gen = seeded()
+    model.table.data[..., :4] = 1.5 * torch.randn((5,) * 5 + (5, 4), generator=gen, dtype=torch.float64)
+    logp = model.table[..., :4].log_softmax(-1).detach()
+
+    def log_p(hidden: list[int], i: int) -> float:
+        """Of token i where `hidden` are hidden."""
+        return logp[tuple(4 if j in hidden else t for j, t in enumerate(y))][i, y[i]].item()
+
+    elbo = 0.0
+    for order in itertools.permutations(range(5)):
+        elbo += sum(log_p(order[s:], i) for s, i in enumerate(order)) / 120
+    subsets = [[i for i in range(5) if m[i]] for m in itertools.product((0, 1), repeat=5)]
+    share = torch.tensor([1 / 6 / math.comb(5, len(m)) for m in subsets], dtype=torch.float64)
+    pair = sum(2 * p.item() * sum(log_p(m, i) for i in m) for p, m in zip(share, subsets, strict=True))
+
+    mask = torch.tensor([[i in m for i in range(5)] for m in subsets])
+    roll, pairs = all_at_once(model, [y] * 32), torch.stack([mask, ~mask], 1)
+    found = {weights: 5 * (share * pair_score(model, roll, pairs, "logp", 1.0, weights=weights)).sum().item()
+             for weights in ("pair", "elbo")}
+    assert found == pytest.approx({"pair": pair, "elbo": elbo}, abs=1e-12)
+    assert found == pytest.approx({"pair": -9.8127, "elbo": -10.3221}, abs=5e-5)
+
+
+@pytest.mark.parametrize("match", MATCHES)
+def test_the_authors_loss_is_num_mc_times_ours(match):
+    """Of their commits 2211b60 and 0c0bd6c, without the clamp, for answers without an EOS: written for S, a
+    completion's sum, and summed over the masks. Value and gradient, and what it is easily mistaken for."""
+    model, mc, psi, beta = sharp_model(dtype=torch.float64), 2, 0.3, 0.2
+    roll = denoise(model, *padded_prompts(model, G), generators(), L=L, S=6, block=4)[::3]
+    roll.completion = torch.randint(3, 14, roll.completion.shape, generator=seeded())
+    roll.valid = torch.ones_like(roll.valid)
+    hidden, adv = draw(roll, mc), torch.tensor([0.5, -1.0, 0.25, 0.25], dtype=torch.float64)
+    S_old, S_ref = 3 * torch.randn(2, 4, mc, generator=seeded(), dtype=torch.float64)
+
+    def theirs(match=match, kl_on=1, **how):
+        """kl_on: 1 is log p, 0 what is regressed."""
+        policy = kl = 0.0
+        for b, j in itertools.product(range(4), range(mc)):
+            scores = slow_score(model, roll, b, hidden[b, j], match, T, **({"weights": "elbo"} | how))
+            S, S_kl = L * scores[0], L * scores[kl_on]
+            policy = policy + ((S - S_old[b, j]) / L - psi * adv[b]) ** 2 / 4
+            kl = kl + (S_kl - S_ref[b, j]) ** 2 / 2 / (4 * mc * L)
+        return policy + beta * kl
+
+    def ours(beta=beta * L / (2 * mc)):
+        rows, halves = roll[torch.arange(4).repeat_interleave(mc)], hidden.flatten(0, 1)
+        c, logp = gdsd.pair_score(model, canvas(rows, halves), rows, halves, match, T, "elbo")
+        adv_of = adv.repeat_interleave(mc)
+        loss = distillation_loss(c, S_old.flatten() / L, adv_of, psi, logp, S_ref.flatten() / L, beta)
+        return mc * loss.mean()
+
+    def error(one, other):
+        return (one - other).norm() / other.norm()
+
+    right, found = theirs(), ours()
+    assert error(found, right) < 1e-6  # ModernBERT rotates in fp32
+    right_gradient = gradient(model.network.parameters(), right)
+    assert error(gradient(model.network.parameters(), found), right_gradient) < 1e-5
+    for wrong in (theirs(weights="pair"), ours(beta), *([theirs(kl_on=0)] if match == "tlc" else [])):
+        assert error(gradient(model.network.parameters(), wrong), right_gradient) > 0.05
 
 
 def test_pair_score_scores_every_valid_token_once(monkeypatch):
@@ -358,19 +465,19 @@ def test_two_rows_of_three_tokens_by_hand():
     assert c.tolist() == pytest.approx([(1 + 2 + 0) / 3, (-1 + 2 + 0) / 3])
     adv = advantage(torch.tensor([1.0, 0.0]), 2)
     assert adv.tolist() == [1, -1]
-    c_old, c_ref = torch.tensor([0.5, 0.0]), torch.tensor([0.0, 1.0])
-    loss = distillation_loss(c, c_old, c_ref, adv, 0.25, 0.1)
-    by_hand = [(1 - 1 / 2 - 1 / 4) ** 2 + 0.1 * 1**2, (1 / 3 - 0 + 1 / 4) ** 2 + 0.1 * (2 / 3) ** 2]
+    c_old, logp, logp_ref = torch.tensor([0.5, 0.0]), torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.5])
+    loss = distillation_loss(c, c_old, adv, 0.25, logp, logp_ref, 0.1)
+    by_hand = [(1 - 1 / 2 - 1 / 4) ** 2 + 0.1 * 2**2, (1 / 3 - 0 + 1 / 4) ** 2 + 0.1 * (1 / 2) ** 2]
     assert loss.tolist() == pytest.approx(by_hand)
 
 
 def test_a_positive_advantage_raises_c_until_the_target_and_no_further():
     c_old, adv = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.5, -1.0, 0.0])
     c = c_old.clone().requires_grad_()
-    (at_old,) = torch.autograd.grad(distillation_loss(c, c_old, c_old, adv, 2.0, 0.0).sum(), c)
+    (at_old,) = torch.autograd.grad(distillation_loss(c, c_old, adv, 2.0, c, c_old, 0.0).sum(), c)
     assert at_old.tolist() == [-2.0, 4.0, 0.0]  # downhill: up, down, stay
     c = (c_old + 2.0 * adv).requires_grad_()
-    (at_target,) = torch.autograd.grad(distillation_loss(c, c_old, c_old, adv, 2.0, 0.0).sum(), c)
+    (at_target,) = torch.autograd.grad(distillation_loss(c, c_old, adv, 2.0, c, c_old, 0.0).sum(), c)
     assert at_target.tolist() == [0.0, 0.0, 0.0]
 
 
@@ -379,32 +486,34 @@ def test_gradient_at_theta_old(match):
     """-2 psi mean(A grad c), with beta = 0 or a reference equal to old; a different reference is felt."""
     model = sharp_model(dtype=torch.float64)
     roll = rollout(model)
-    c = pair_score(model, roll, draw(roll, 1)[:, 0], match, T)
+    hidden = draw(roll, 1)[:, 0]
+    c, logp = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, T)
     adv = advantage(torch.rand(3 * G, generator=seeded(), dtype=torch.float64), G)
     expected = gradient(model.network.parameters(), -2 * PSI * (adv * c).mean())
 
-    def found(c_ref, beta):
-        loss = distillation_loss(c, c.detach(), c_ref, adv, PSI, beta).mean()
+    def found(logp_ref, beta):
+        loss = distillation_loss(c, c.detach(), adv, PSI, logp, logp_ref, beta).mean()
         return gradient(model.network.parameters(), loss)
 
-    for c_ref, beta in ((c.detach() + 9, 0.0), (c.detach(), 0.7)):
-        assert (found(c_ref, beta) - expected).norm() < 1e-12 * expected.norm()
-    assert (found(c.detach() + 0.1, 0.7) - expected).norm() > 0.01 * expected.norm()
+    for logp_ref, beta in ((logp.detach() + 9, 0.0), (logp.detach(), 0.7)):
+        assert (found(logp_ref, beta) - expected).norm() < 1e-12 * expected.norm()
+    assert (found(logp.detach() + 0.1, 0.7) - expected).norm() > 0.01 * expected.norm()
 
 
 def test_a_group_of_equal_rewards_contributes_only_the_beta_term():
     model = sharp_model()
     roll = rollout(model)[: 2 * G]
-    c = pair_score(model, roll, draw(roll, 1)[:, 0], "tlc", T)
+    hidden = draw(roll, 1)[:, 0]
+    c, logp = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, "tlc", T)
     adv = advantage(torch.tensor([0.9] * G + [0.0, 1.0, 1.0, 0.3]), G)
-    c_ref = c.detach() + torch.linspace(0.1, 1.0, 2 * G)
+    logp_ref = logp.detach() + torch.linspace(0.1, 1.0, 2 * G)
 
     def equal_group(beta):
-        loss = distillation_loss(c, c.detach(), c_ref, adv, 10.0, beta)
+        loss = distillation_loss(c, c.detach(), adv, 10.0, logp, logp_ref, beta)
         return gradient(model.network.parameters(), loss[:G].sum())
 
     assert equal_group(0.0).abs().max() == 0
-    expected = gradient(model.network.parameters(), (0.2 * (c - c_ref) ** 2)[:G].sum())
+    expected = gradient(model.network.parameters(), (0.2 * (logp - logp_ref) ** 2)[:G].sum())
     assert torch.equal(equal_group(0.2), expected) and expected.norm() > 0.1
 
 
@@ -415,7 +524,7 @@ def test_the_expected_loss_does_not_depend_on_num_mc():
 
     def loss(roll, hidden):
         c_old, c = (pair_score(m, roll, hidden, "tlc", 1.0).detach() for m in (old, new))
-        return distillation_loss(c, c_old, 0 * c, torch.ones_like(c), 0.3, 0.2), c, c_old
+        return distillation_loss(c, c_old, torch.ones_like(c), 0.3, c, 0 * c, 0.2), c, c_old
 
     exact = 0.0
     for subset in itertools.product((False, True), repeat=3):
@@ -427,12 +536,14 @@ def test_the_expected_loss_does_not_depend_on_num_mc():
         values, c, c_old = loss(every, draw(roll, num_mc).flatten(0, 1))
         error = values.std() / len(values) ** 0.5
         assert abs(values.mean() - exact) < 5 * error
-    averaged = distillation_loss(*(t.view(-1, 4).mean(1) for t in (c, c_old, 0 * c)), 1.0, 0.3, 0.2)
+    c, c_old = (t.view(-1, 4).mean(1) for t in (c, c_old))
+    averaged = distillation_loss(c, c_old, torch.ones_like(c), 0.3, c, 0 * c, 0.2)
     assert averaged.mean() < exact - 20 * error  # the square of the mean over pairs, not the mean of squares
 
 
 def test_the_released_clamp_stops_after_the_first_pass():
-    """It clamps the sum over tokens to +-4e-4 before dividing by L: the first step leaves that band."""
+    """It clamps the sum over tokens to +-4e-4 before dividing by L (commits 3fb6780 and 7c152d3): the first
+    step leaves that band."""
     found = {}
     for clamp in (4e-4, math.inf):
         model = Tabular(3, 4, seed=0)
@@ -465,10 +576,10 @@ def test_old_reference_and_every_pass_see_the_same_masks(monkeypatch):
 
     rolls, scored, real = record(monkeypatch, "roll_out"), [], gdsd.pair_score
 
-    def pair_score(model, x, roll, hidden, match, temperature):
-        c = real(model, x, roll, hidden, match, temperature)
+    def pair_score(model, x, roll, hidden, *how):
+        c, logp = real(model, x, roll, hidden, *how)
         scored.append((len(masks), model, c.requires_grad, (roll, hidden)))  # in which update, by whom, what
-        return c
+        return c, logp
 
     monkeypatch.setattr(gdsd, "pair_score", pair_score)
     masks = record_calls(monkeypatch, gdsd, "mask_pairs")

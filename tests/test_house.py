@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,11 +122,12 @@ def test_what_an_import_brings(code, without):
 
 def test_task_files():
     """A task imports what all tasks share; of the other tasks none knows one but those on code."""
-    known = {"answers", "code", "sandbox"}
+    known = {"answers", "spelling", "code", "sandbox"}
     for file in (ROOT / "tasks").glob("*.py"):
         found = {node.module for node in ast.walk(ast.parse(file.read_text()))
                  if isinstance(node, ast.ImportFrom) and node.module.startswith("tasks.")}
-        allowed = {"__init__": set(), "answers": set(), "sandbox": set(), "code": {"answers", "sandbox"}}
+        allowed = {"__init__": set(), "answers": set(), "spelling": set(), "sandbox": set(),
+                   "code": {"answers", "sandbox"}}
         assert found <= {f"tasks.{name}" for name in allowed.get(file.stem, known)}, file.stem
 
 
@@ -133,4 +135,15 @@ def test_a_task_is_imported_when_it_is_asked_for():
     check = ("import sys, tasks; tasks.find('gsm8k'); "
              "print(*[name for name in sys.modules if name.startswith('tasks.')])")
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {"tasks.answers", "tasks.gsm8k"}
+    assert set(done.stdout.split()) == {"tasks.answers", "tasks.spelling", "tasks.gsm8k"}
+
+
+def test_every_test_that_is_named_somewhere_exists():
+    """In a README or in a docstring, by its file or with its name."""
+    readers = [*ROOT.glob("**/README.md"), *(file for name, file in FILES.items() if house(name) in ALLOWED)]
+    named = {found for file in readers for found in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?",
+                                                              file.read_text())}
+    assert len(named) > 20
+    for file, name in named:
+        text = (ROOT / "tests" / file).read_text()
+        assert not name or f"def {name}(" in text, (file, name)

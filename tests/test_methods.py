@@ -79,7 +79,7 @@ def test_a_run_leaves_what_the_readme_promises(method, folder, tmp_path, capsys,
     assert all(math.isfinite(value) for row in updates for value in row.values())
     most = 16 if method in ("rldf", "baselines.just_grpo") else 4  # at most a step per token
     assert 8 * 2 <= updates[0]["nfe_rollout"] <= 8 * 2 * most
-    readme = (ROOT / "results" / "README.md").read_text()
+    readme = (ROOT / "plumbing" / "README.md").read_text()
     assert [key for key in updates[0] | first if f"`{key}`" not in readme] == []
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     saved = json.loads((out / "args.json").read_text())
@@ -115,7 +115,8 @@ BAD = {
 BAD_OF = {
     "rldf": {"--K 17": "at most", "--tau 0": "above 0", "--threshold 1.5": "at most 1", "--masks": "masks",
              "--order random": "threshold", "--eps 2": "at most 1"},
-    "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--beta -1": "at least 0"},
+    "gdsd": {"--num_mc 0": "at least 1", "--match kl": "match", "--topk -1": "at least 0",
+             "--beta -1": "at least 0"},
     "wd1": {"--plusplus --K 9": "from 1 to", "--psi -1": "at least 0"},
     "baselines.diffu_grpo": {"--hide_prompt 2": "at most 1", "--eps 2": "at most 1"},
     "baselines.espo": {"--num_mc 0": "at least 1", "--eps 2": "at most 1"},

@@ -9,6 +9,7 @@ import importlib
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import launch, lines, sharp_model
@@ -163,9 +164,11 @@ def test_a_base_learns(tmp_path, monkeypatch):
     parts = {"train": train, "validation": train, "test": problems(TEST)}
     monkeypatch.setattr(tasks.countdown, "countdown_split", lambda: parts)
     monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
-    settings = pretrain.Settings(task="countdown", know_steps=200, batch=32, know_lr=5e-3)
-    base = pretrain.tiny_model(layers=1, width=64, task="countdown")
-    pretrain.learn(base, settings)
+    settings = pretrain.Settings(task="countdown", batch=32)
+    base = pretrain.tiny_model(1, 64, task="countdown")
+    optimizers, rng = pretrain.optimizers_of(base, 3e-3), np.random.default_rng(0)
+    for _ in range(300):
+        pretrain.fit(base, optimizers, settings, 0.0, rng)
     models.save_model(base, tmp_path / "base")
     flags = "--task countdown --prompts 8 --G 16 --minibatches 2 --lr 1e-3 --updates 45 --save_every 99"
     launch("egspo", "--model", tmp_path / "base", *flags.split(), "--out", tmp_path / "run")

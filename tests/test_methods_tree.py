@@ -1,25 +1,22 @@
 """A group is a tree: with each distinct canvas evaluated once, all is as if every row were evaluated."""
 
 import importlib
-import itertools
 
 import pytest
 import torch
-from helpers import METHODS, launch, lines, offer, recording, sharp_model, standing_in, toy_task
+from helpers import METHODS, NotedRun, exact_model, recording, sharp_model, toy_task
 
 import common
-from plumbing import models
-from plumbing.run import FolderRun
 
 OFTEN = 1.0  # added to the EOS logit: some rows end early, some late, some never
-SHAPE = ("--task toy --prompts 4 --G 6 --L 8 --S 4 --block 4 --updates 1 --lr 0 --temperature 0.3 "
-         "--budget 300 --eval_threshold 0")  # cold: rows part late; prompts of four lengths; two blocks
-CASES = [("egspo", "--passes 2 --K 3"), ("egspo", "--select uniform --order random --beta 0.1"),
-         ("rldf", "--threshold 0.6 --passes 1"), ("rldf", "--threshold 0 --passes 2 --beta 0.1"),
-         ("wd1", "--passes 2"), ("wd1", "--plusplus --K 4 --passes 1"),
-         ("gdsd", "--minibatches 2"), ("gdsd", "--minibatches 2 --match tlc --beta 0.1"),
-         ("baselines.diffu_grpo", "--beta 0.1"), ("baselines.espo", "--beta 0.1"),
-         ("baselines.just_grpo", "--passes 2")]
+# Cold: rows part late. Prompts of four lengths, two blocks.
+SHAPE = dict(prompts=4, G=6, L=8, S=4, block=4, lr=0.0, temperature=0.3, budget=300, seed=1)
+CASES = [("egspo", dict(passes=2, K=3)), ("egspo", dict(select="uniform", order="random", beta=0.1)),
+         ("rldf", dict(threshold=0.6, passes=1)), ("rldf", dict(threshold=0.0, passes=2, beta=0.1)),
+         ("wd1", dict(passes=2)), ("wd1", dict(plusplus=True, K=4, passes=1, minibatches=2)),
+         ("gdsd", dict(minibatches=2)), ("gdsd", dict(minibatches=2, match="tlc", beta=0.1)),
+         ("baselines.diffu_grpo", dict(beta=0.1)), ("baselines.espo", dict(beta=0.1)),
+         ("baselines.just_grpo", dict(passes=2))]
 
 
 def every_row(rows):
@@ -28,49 +25,25 @@ def every_row(rows):
     return everything, everything
 
 
-@pytest.fixture
-def update(monkeypatch, tmp_path):
-    """Launch one update; returns its rollout and rewards, the gradient of each optimizer step, and its
-    metrics."""
-    monkeypatch.setattr("plumbing.run.plot", lambda *_: None)
-    number, real = itertools.count(), FolderRun.step
-
-    def go(method: str, flags: str, shared: bool, dtype=torch.float32):
-        module, seen, gradients = importlib.import_module(method), {}, []
-        with monkeypatch.context() as patch:
-            if not shared:
-                patch.setattr(common, "distinct", every_row)
-            for name in ("roll_out", "reward_rows"):
-                patch.setattr(module, name, recording(getattr(module, name), seen.setdefault(name, [])))
-
-            def step(self, *inputs):
-                gradients.append(torch.cat([p.grad.flatten() for p in self.model.network.parameters()
-                                            if p.grad is not None]))
-                return real(self, *inputs)
-
-            patch.setattr(FolderRun, "step", step)
-            patch.setattr(models, "load_model", lambda *_: sharp_model(OFTEN, dtype))
-            patch.setattr(models, "plan", lambda *_: (False, False))
-            offer(patch, "toy", toy_task)
-            out = tmp_path / f"run{next(number)}"
-            launch(method, *f"--model any {SHAPE} --out {out} {flags}".split())
-        return seen["roll_out"][0], seen["reward_rows"][0][0], gradients, lines(out)[1]
-
-    return go
+def update(method: str, settings: dict, model: common.Denoiser, shared: bool):
+    """One update: its rollout and rewards, the gradient of each optimizer step, and the model's counts."""
+    module, run, seen = importlib.import_module(method), NotedRun(updates=1), {}
+    with pytest.MonkeyPatch.context() as patch:
+        if not shared:
+            patch.setattr(common, "distinct", every_row)
+        for name in ("roll_out", "reward_rows"):
+            patch.setattr(module, name, recording(getattr(module, name), seen.setdefault(name, [])))
+        module.train(module.Args(**SHAPE | settings), model, toy_task(), run)
+    return seen["roll_out"][0], seen["reward_rows"][0][0], [step.gradient for step in run.steps], model.counts
 
 
-@pytest.mark.parametrize("method, flags", CASES)
+@pytest.mark.parametrize("method, settings", CASES)
 @pytest.mark.parametrize("exact", [False, True])
-def test_sharing_changes_nothing(method, flags, exact, update, monkeypatch):
-    dtype, tolerance = (torch.float64, 1e-10) if exact else (torch.float32, 1e-5)
+def test_sharing_changes_nothing(method, settings, exact, request):
     if exact:
-        monkeypatch.setattr(common.Denoiser, "body", standing_in)
-        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(dtype)
-    try:
-        apart, together = (update(method, flags, shared, dtype) for shared in (False, True))
-    finally:
-        torch.set_default_dtype(torch.float32)
+        request.getfixturevalue("float64")
+    new, eos, tolerance = (exact_model, 0.5, 1e-10) if exact else (sharp_model, OFTEN, 1e-5)
+    apart, together = (update(method, settings, new(eos), shared) for shared in (False, True))
     for field in ("completion", "revealed_at", "valid", "guess"):
         one, other = (getattr(found[0], field) for found in (apart, together))
         assert one is other is None or torch.equal(one, other), field
@@ -88,23 +61,21 @@ def test_sharing_changes_nothing(method, flags, exact, update, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_minibatch_that_moves_no_weight_makes_no_optimizer_step(method, tmp_path, monkeypatch):
+def test_a_minibatch_that_moves_no_weight_makes_no_optimizer_step(method):
     """AdamW would go on by momentum and decay. GDSD regresses to the old score: it always moves."""
-    models.save_model(sharp_model(), tmp_path / "model")
     rows = [{"prompt": text} for text in ("1=", "2=", "3=", "4=")]
 
     def reward(text: str, row: dict):  # equal in the groups of 1, 2 and 3
         return len(set(text)) / 9 * (row["prompt"] == "4="), {"correct": 0.0, "parse_fail": 0.0}
 
-    offer(monkeypatch, "quarter", lambda: common.Task(rows, rows, reward, lambda text, row: [text]))
-    flags = "--task quarter --prompts 4 --G 4 --L 8 --S 4 --block 4 --updates 2 --passes 1 --minibatches 4"
-    own = {"egspo": "--lam 0"}.get(method, "")
-    launch(method, "--model", tmp_path / "model", "--out", tmp_path / "out", *f"{flags} {own}".split())
-    update = lines(tmp_path / "out")[2]
-    assert update["update"] == 2 and update["skipped"] == 0
-    assert update["optimizer_steps"] == (8 if method == "gdsd" else 2)
+    module, model, run = importlib.import_module(method), sharp_model(), NotedRun(updates=2)
+    own = {"egspo": {"lam": 0.0}}.get(method, {})
+    args = module.Args(prompts=4, G=4, L=8, S=4, block=4, passes=1, minibatches=4, **own)
+    module.train(args, model, common.Task(rows, rows, reward, lambda text, row: [text]), run)
+    assert len(run.logged) == 2 and all(step.gradient.isfinite().all() for step in run.steps)
+    assert len(run.steps) == (8 if method == "gdsd" else 2)
     if method != "gdsd":
-        assert update["nfe_update"] <= update["nfe_update_full"] / 4
+        assert model.counts["nfe_update"] <= model.counts["nfe_update_full"] / 4
 
 
 def test_a_rollout_of_a_certain_model_is_one_row():

@@ -40,6 +40,7 @@ def test_a_tiny_model_starts_from_the_settings_of_its_task(method, tmp_path, mon
         changed = own_changes | {"task": task, "out": f"runs/{method}-{task}-1"}
         expected = vars(module.Args(**{k: v for k, v in changed.items() if k in own}))
         expected = expected | vars(Flags(**{k: v for k, v in changed.items() if k not in own}))
+        expected |= {"saved": 0, "fingerprints": {}}  # of a run that has not begun
         assert vars(tiny) == expected
         folder = settings(monkeypatch, method, "--model", tmp_path / task, "--task", task)
         assert vars(folder) == expected | {"model": str(tmp_path / task)}
@@ -53,7 +54,7 @@ def test_wd1_plus_plus_starts_from_settings_of_its_own(tmp_path, monkeypatch):
 
     def parse_and_stop(*given, **variants):
         seen.append(vars(parse(*given, **variants)[1]))
-        raise InterruptedError
+        raise LookupError
 
     monkeypatch.setattr(run, "parse_args", parse_and_stop)
     sudoku, countdown, _ = module.PLUSPLUS
@@ -62,6 +63,6 @@ def test_wd1_plus_plus_starts_from_settings_of_its_own(tmp_path, monkeypatch):
     cases = {f"--plusplus {flags}": changed | {"plusplus": True} for flags, changed in cases.items()}
     for flags, changed in (cases | {"": {"passes": 8, "plusplus": False}}).items():
         monkeypatch.setattr(sys, "argv", ["wd1.py", *flags.split()])
-        with pytest.raises(InterruptedError):
+        with pytest.raises(LookupError):
             runpy.run_path(str(ROOT / "wd1.py"), run_name="__main__")
         assert {k: seen[-1][k] for k in changed} == changed

@@ -79,11 +79,11 @@ def test_gsm8k_golds():
     ("", None), ("apples", None), ("18 = 10 + 8", None), ("18 or 19", None), ("18, 19", None),
     ("18 million = 18", None), ("17 = 18", None), ("36/2 = 17", None), ("18 hundredths", None),
     ("\\sqrt{18}", None), ("x^{18}", None), ("18^2", None), ("18_3", None), ("18!", None), ("18\\pi", None),
-    ("18\\sqrt{2}", None), ("18x", None), ("18k", None), ("1\\,8", None), ("3:18", None), ("17-18", None),
+    ("18\\sqrt{2}", None), ("18x", None), ("18k", 18000), ("1\\,8", None), ("3:18", None), ("17-18", None),
     ("not 18", None), ("\\text{not }18", None), ("\\neq 18", None), ("!= 18", None), (">= 18", None),
     ("18 or more", None), ("18 and a half", None), ("--3", None), ("18/0", None), ("\\binom{1}{8}", None),
     ("1,2", None), ("1,45", None), ("0,500", None), ("1.450.000", None), ("1e400", None), ("1e-400", None),
-    ("１８", None), ("1８", None), ("٣", None), ("18½", None), ("18²", None), ("0x12", None),
+    ("１８", None), ("1８", None), ("٣", None), ("18½", Fraction(37, 2)), ("18²", None), ("0x12", None),
     ("1_000", None), ("nan", None), ("inf", None), ("9" * 5000, None), ("." * 5000, None),
 ])
 def test_which_numbers_are_read(text, value):
@@ -207,7 +207,7 @@ def test_math_verify_that_does_not_work_is_told(monkeypatch):
     monkeypatch.setattr(math_task, "DIED", [])
     monkeypatch.setattr(math_task.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="pip install"):
-        math_reward("\\boxed{3}", {"answer": "3"})
+        math_reward("\\boxed{2+1}", {"answer": "3"})
 
 
 def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
@@ -215,7 +215,7 @@ def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
     row, said = {"answer": "3"}, []
     monkeypatch.setattr(math_task, "DIED", [])
     monkeypatch.setattr(math_task.atexit, "register", said.append)
-    assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
+    assert math_reward("\\boxed{1+2}", row) == (1.0, RIGHT)
     math_task.math_judge().kill()
     math_task.math_judge().wait()
     assert math_reward("\\boxed{2+1}", row) == (1.0, RIGHT) and len(math_task.DIED) == 1
@@ -223,8 +223,8 @@ def test_a_judge_that_died_is_started_again(monkeypatch, capfd):
         for executable in ("true", "/nowhere"):
             patch.setattr(math_task.sys, "executable", executable)
             math_task.math_judge.cache_clear()
-            assert math_reward("\\boxed{3}", row) == (0.0, UNREADABLE)
-    assert math_reward("\\boxed{3}", row) == (1.0, RIGHT)
+            assert math_reward("\\boxed{2+1}", row) == (0.0, UNREADABLE)
+    assert math_reward("\\boxed{2+1}", row) == (1.0, RIGHT)
     assert capfd.readouterr() == ("", "")
     assert len(said) == 1 and said[0]() is None
     assert capfd.readouterr() == ("", "math: the judge died 5 times\n")
@@ -580,8 +580,9 @@ def test_rows_that_reward_a_program_that_does_nothing(tmp_path, name, change):
 def test_tests_that_a_body_of_none_passes_are_not_free(tmp_path):
     """Some of HumanEval's rows have one. And a test may end the sandbox they are looked at in, or hang."""
     test = "def check(candidate):\n    assert candidate(0) is None\n    assert candidate([1]) == [2]"
-    raws = [HUMANEVAL | {"test": test}, HUMANEVAL]
-    raws += [HUMANEVAL | {"test": "def check(candidate):\n    " + code}
+    unsolved = HUMANEVAL | {"canonical_solution": ""}  # no solution of it passes these
+    raws = [unsolved | {"test": test}, HUMANEVAL]
+    raws += [unsolved | {"test": f"def check(candidate):\n    {code}\n    assert candidate(0) == 1"}
              for code in ("import os; os._exit(0)", "while True: pass")]
     task = load("humaneval", chat=True, test_data=write(tmp_path / "data.json", raws), train=False)
     assert len(task.test) == 4

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from tasks import sandbox
 from tasks.sandbox import run_tests
@@ -91,6 +93,103 @@ def may_fork(layers):
 def isolated() -> bool:
     """Whether the namespaces are there."""
     return run_tests("import os\npid = os.getpid()", ["assert pid == 1"]) == [True]
+
+
+# ----------------------------------------------------------------------------------------- as in plain Python
+
+PLAIN = """import json, os, sys, types
+program, tests = json.load(sys.stdin)
+out, marks = os.dup(1), []
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+for test in tests:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.modules["program"] = module = types.ModuleType("program")
+            exec(program, vars(module))
+            exec(test, vars(module))
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    marks.append(os.waitpid(pid, 0)[1] == 0)
+os.write(out, json.dumps(marks).encode())"""
+
+
+def plain_exec(program: str, tests: list[str], folder: Path | None = None) -> list[bool]:
+    """Which tests pass after the program in one process, each with the program for itself."""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", PLAIN], input=json.dumps([program, tests]),
+                          capture_output=True, text=True, check=True, cwd=folder)
+    return json.loads(done.stdout)
+
+
+def read_pairs() -> dict[str, tuple[list[str], list[str]]]:
+    """Kind: a right program and wrong ones, and the tests for all of them."""
+    kinds = {}
+    for text in (Path(__file__).parent / "sandbox_pairs.txt").read_text().split("==== ")[1:]:
+        programs, tests = text.partition("\n")[2].rstrip("\n").split("---- tests\n")
+        kinds[text.partition("\n")[0]] = programs.split("---- wrong\n"), tests.split("\n\n")
+    return kinds
+
+
+PAIRS = read_pairs()
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_verdicts_are_those_of_plain_python(kind):
+    """There a program and its tests share all objects: copies, identity, operators, exceptions ..."""
+    programs, tests = PAIRS[kind]
+    for program in programs:
+        plain, ours = plain_exec(program, tests), run_tests(program, tests, timeout=10)
+        assert [test for test, mark in zip(tests, plain, strict=True) if mark] \
+            == [test for test, mark in zip(tests, ours, strict=True) if mark]
+        assert all(plain) or program != programs[0]
+    assert len(programs) > 1
+
+
+def test_the_pairs_are_many():
+    assert sum(len(programs) * len(tests) for programs, tests in PAIRS.values()) > 800
+
+
+CANNOT = {  # what passes in plain Python and not here: the docstring names it
+    "compare with a value": ("class V:\n    def __eq__(self, other): return other == 5", "assert V() == 5"),
+    "order with a value": ("class V:\n    def __lt__(self, other): return other > 5", "assert V() < 6"),
+    "text that is equal to more": (
+        "class T(str):\n    def __eq__(self, other): return str(self) == other.lower()",
+        "assert T('a') == 'A'"),
+    "difference with a value": (
+        "class V:\n    def __sub__(self, other): return V()\n    def __eq__(self, other): return True",
+        "assert V() - 1 == V()"),
+    "number made with a value": ("class V:\n    def __mul__(self, other): return 6", "assert V() * 3 == 6"),
+    "in without items": ("class V:\n    def __contains__(self, item): return item == 5", "assert 5 in V()"),
+    "derive from": ("class V:\n    x = 5", "class W(V): pass\nassert W().x == 5"),
+    "private names": ("def f(v): return v._x", "class V: _x = 5\nassert f(V()) == 5"),
+    "change a name": ("X = 1\ndef f(): return X", "X = 2\nassert f() == 2"),
+    "patch a module": ("import time\ndef f(): return time.time()",
+                       "import time\ntime.time = lambda: 5\nassert f() == 5"),
+    "inspect": ("def f(x): return x",
+                "import inspect\nassert list(inspect.signature(f).parameters) == ['x']"),
+    "dataclasses": ("import dataclasses\n@dataclasses.dataclass\nclass V:\n    x: int = 5",
+                    "import dataclasses\nassert dataclasses.asdict(V()) == {'x': 5}"),
+    "text in C": ("class T(str): pass\ndef f(): return T('a')", "assert ','.join([f()]) == 'a'"),
+    "pickle": ("class V: pass", "import pickle\nassert pickle.dumps([V()])"),
+    "share a file": ("def f(name): return open(name).read()",
+                     "open('note', 'w').write('x')\nassert f('note') == 'x'"),
+    "identity of text": ("def f(x): return x", "x = 'a' * 50\nassert f(x) is x"),
+    "getstate": ("import random\ndef f(): return random.random()",
+                 "import random\ns = random.getstate()\na = f()\nrandom.setstate(s)\nassert f() == a"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_a_test_cannot_do(name, tmp_path):
+    program, test = CANNOT[name]
+    assert plain_exec(program, [test], tmp_path) == [True] and run_tests(program, [test]) == [False]
+
+
+def test_a_program_begins_with_a_future_import():
+    program = "from __future__ import annotations\ndef f(x: Unknown) -> Unknown: return x + one"
+    assert run_tests(program, ["assert f(1) == 2"], head="import math\none = 1") == [True]
+    assert run_tests(program, ["assert f(1) == 2"], head="one = ") == [False]
 
 
 # ----------------------------------------------------------------------------------------------------- honest
@@ -440,6 +539,162 @@ def f(x):
     assert run_tests(program, TESTS, timeout=0.6) == [False] * 3
 
 
+SAYS = {  # the same in the talk that the judge has now; ["object", number, what, arguments, parts]
+    "an exception that runs code": """
+say("object", 1001, "class", ["os", "system"], [])
+say("object", 1003, "error", [[1001], None], ["kill -9 $PPID"])
+say("raised", [1003])""",
+    "a value that runs code": """
+say("object", 1001, "builtins.eval", ["__import__('os').write(5, b'111.')"], [])
+say("returned", [1001])""",
+    "a class of the judge": """say("call", [["builtins.type"], 10], {})""",
+    "a function of the judge": """say("object", 0, "class", ["builtins", "ValueError"], [])
+say("getattr", [[0], "__globals__"], {})""",
+    "a value in place of another": """say("object", 1001, "builtins.tuple", [], [10])
+say("object", 1001, "builtins.list", [], [20])
+say("returned", [1001])""",
+    "the judge's number": """say("object", 1000, "builtins.list", [], [])
+say("returned", [1000])""",
+    "many values": """for value in 10, 20, 7, 10, 20, 7: say("returned", value)""",
+    "a number that is not there": """say("returned", [5001])""",
+    "forgets what there is": """say("forget", 0, 1, 2, 3)
+say("returned", 10)""",
+    "prints elsewhere": """say("printed", "__stdout__", "111")
+say("printed", "modules", "111")""",
+    "the judge's draws": """say("random", [3, [0] * 625, None])""",
+    "an end that is none": """say("object", 1001, "class", ["builtins", "StopIteration"], [])
+say("object", 1003, "error", [[1001], None], [])
+say("raised", [1003])""",
+    "a class without a class": """say("object", 1001, "class", ["program", "X"], [["..."], 5])
+say("returned", [1001])""",
+    "no numbers": """say("object", "x", "handle", [], [])
+say("returned", ["x"])""",
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_forging_by_what_is_said(name):
+    """No test passes: those that compare, and those that only loop over what f gives."""
+    lines = "\n    ".join(SAYS[name].strip().splitlines())
+    program = f"""import json, os
+def say(*message): os.write(4, json.dumps(message).encode() + b"\\n")
+def f(x):
+    {lines}
+    os.read(3, 10**4)"""
+    loop = "n = 0\nfor y in map(f, [1, 2]): assert y == 0\nassert n == 0"
+    assert run_tests(program, [*TESTS[:2], loop], timeout=0.6)[1:] == [False] * 2
+    assert run_tests(program, [loop], timeout=0.6) == [False]
+
+
+ENDS = {  # f ends a loop of the test before anything is compared
+    "StopIteration": "class E(StopIteration): pass",
+    "its name": "E = type('StopIteration', (Exception,), {})",
+    "its order": "class M(type): __mro__ = (StopIteration, Exception, object)\n"
+                 "class E(Exception, metaclass=M): pass",
+    "no order": "class M(type): __mro__ = ()\nclass E(Exception, metaclass=M): pass",
+    "its bases": "class M(type): __bases__ = (StopIteration,)\nclass E(Exception, metaclass=M): pass",
+    "mro": "class M(type):\n    def mro(cls): return [cls, StopIteration, Exception, BaseException, object]\n"
+           "class E(StopIteration, metaclass=M): pass",
+    "its module": "E = type('StopIteration', (StopIteration,), {'__module__': 'builtins'})",
+    "its class": "class E(Exception):\n    __class__ = StopIteration",
+    "its text": "class E(Exception):\n    def __str__(self): raise StopIteration",
+    "its arguments": "class E(Exception):\n    args = property(lambda self: next(iter([])))",
+    "its cause": "class E(Exception):\n    def __init__(self): self.__cause__ = StopIteration()",
+    "asynchronous": "class E(StopAsyncIteration): pass",
+    "generator": "class E(GeneratorExit): pass",
+    "exit": "class E(SystemExit): code = 0",
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_loop_of_a_test_does_not_end_early(name):
+    program = ENDS[name] + "\ndef f(x): raise E()"
+    loops = ["for y in map(f, [1, 2]): assert y == 0", "assert list(map(f, [1])) == []",
+             "assert not any(map(f, [1]))", "assert all(map(f, [1]))", "assert list(filter(f, [1])) == []",
+             "assert [y for y in map(f, [1])] == []", "assert dict(zip(map(f, [1]), [1])) == {}",
+             "from itertools import *\nassert not [*takewhile(f, [1])]", "assert sum(map(f, [1])) == 0",
+             "def g(): yield f(1)\nassert list(g()) == []", "assert max(map(f, [1]), default=1)",
+             "import functools\nassert functools.reduce(f, [1, 2])", "assert sorted([1, 2], key=f)"]
+    assert run_tests(program, loops) == [False] * len(loops)
+
+
+def test_a_program_that_does_nothing_is_seen():
+    """As tasks.code_free asks: what passes without the program passes here."""
+    assert run_tests("", ["for x in map(len, []): assert x", "assert f(1) == 2"]) == [True, False]
+
+
+LEARNS = """class Learns(KIND):
+    def learn(self, *values):
+        for value in values:
+            if type(value) in (int, float): Learns.known = value
+        return RESULT
+    known = 0
+    for name in ("eq ne lt le gt ge add radd sub rsub mul rmul truediv rtruediv floordiv mod rmod pow xor "
+                 "rxor and rand divmod rdivmod matmul or ror iadd isub").split():
+        vars()[f"__{name}__"] = learn
+    for name in "abs neg pos round float int index bool len hash trunc floor".split():
+        vars()[f"__{name}__"] = lambda self, *args: Learns.known
+    __contains__ = learn
+    __hash__ = lambda self: 0
+    __iter__ = lambda self: iter([Learns.known])
+    __getitem__ = lambda self, i: Learns.known
+def f(x): return Learns()"""
+FORMS = [
+    "f(1) == 10", "10 == f(1)", "abs(f(1) - 10) < 1e-6", "abs(10 - f(1)) < 1e-6", "-1 < f(1) - 10 < 1",
+    "f(1) - 10 == 0", "not f(1) - 10", "f(1) in (10, 11)", "not f(1) != 10", "round(f(1) - 10, 3) == 0",
+    "f(1) / 10 == 1", "f(1) * 2 == 20", "(f(1) - 10) ** 2 < 1e-6", "f(1) % 10 == 0 and f(1) == 10",
+    "f(1) ^ 10 == 0", "f(1) >= 10 and f(1) <= 10", "f(1) == 10 or abs(f(1) - 10) < 1",
+    "sum(abs(a - b) for a, b in zip([f(1)], [10])) < 1", "[f(1)] == [10]", "10 in [f(1)]",
+    "{f(1): 1} == {10: 1}", "float(f(1) - 10) == 0.0", "int(f(1) * 1 - 10) == 0", "f(1) + 1 == 11",
+    "divmod(f(1), 10) == (1, 0)", "abs(f(1) + -10) < 1", "f'{f(1) + -10:.1f}' == '0.0'",
+    "max(f(1) - 10, 10 - f(1)) < 1", "(f(1), 0) == (10, 0)", "f(1) - 10 in (0, 0.0)", "f(1) & 10 == 10",
+    "abs(f(1) // 10 - 1) < 1"]
+
+
+@pytest.mark.parametrize("result", ["True", "0", "self", "Learns()", "value"])
+@pytest.mark.parametrize("kind", ["object", "int", "float"])
+def test_operators_that_see_what_they_are_to_equal(kind, result):
+    program = LEARNS.replace("KIND", kind).replace("RESULT", result)
+    assert run_tests(program, [f"assert {form}" for form in FORMS], timeout=20) == [False] * len(FORMS)
+
+
+def test_objects_of_the_test_keep_their_secrets():
+    """A program may use what the test hands it, but not reach the judge's functions through it."""
+    program = """reached = []
+def f(box, function, file, mock):
+    for text in ("box.get.__globals__", "box.get.__func__", "box.get.__self__", "box.__dict__", "box._hidden",
+                 "box.__class__.__init__", "box.__class__.__mro__", "box.__class__.__subclasses__()",
+                 "box.__class__.get.__globals__", "function.__globals__", "function.__code__",
+                 "function.__closure__", "function.__builtins__", "file.__class__.__base__",
+                 "mock._mock_parent", "mock.__class__.__init__", "setattr(box, '_x', 1)",
+                 "setattr(function, 'x', 1)", "setattr(box.__class__, '__eq__', f)",
+                 "box._link.ask('is_a', box, 'os', 'system')", "box._link.ask('exit', function)",
+                 "box._link.ask('getattr', function, '__globals__')", "box._link.ask('name', 'box')"):
+        try: reached.append((text, str(eval(text))[:99]))
+        except Exception: pass
+    return box.v + box.get() + function(1)
+"""
+    test = """import io
+from unittest.mock import Mock
+class Box:
+    _hidden = 5
+    def __init__(self, v): self.v = v
+    def get(self): return self.v
+assert f(Box(1), lambda x: x, io.StringIO(), Mock()) == 3
+assert reached == [], reached"""
+    assert run_tests(program, [test, "f(1, 2, 3, 4)"]) == [True, False]
+
+
+def test_what_an_assert_found_stays():
+    """A with block of the program's does not swallow it."""
+    program = """class f:
+    def __init__(self, x): pass
+    def __enter__(self): return 0
+    def __exit__(self, *error): return True"""
+    tests = ["with f(1) as x: assert x == 10", "with f(1): raise ValueError"]
+    assert run_tests(program, tests) == [False, True]
+
+
 def test_forging_around_the_comparison(layers):
     """Tests of other forms: a module that the program changed, a loop that ends early."""
     program = "import math\nmath.isclose = lambda *a, **k: True\n" + WRONG
@@ -504,6 +759,60 @@ time.sleep(1000)""",
 }
 
 
+def test_a_daemon_of_the_program_is_no_other_load(may_fork):
+    """Four busy orphans: the time that they take from the program is its own."""
+    program = """import os
+for _ in range(4):
+    if os.fork() == 0:
+        if os.fork() == 0:
+            while True: pass
+        os._exit(0)
+    os.wait()
+while True: pass"""
+    start = time.monotonic()
+    assert run_tests(program, TESTS, timeout=1.5) == [False] * 3
+    assert time.monotonic() - start < 6
+
+
+def test_cleanup_follows_no_link(tmp_path):
+    """Not those in the folder, nor one in its place."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (tmp_path / "kept").chmod(0o555)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_DIRECTORY)
+    (folder / "link").symlink_to(tmp_path / "kept")
+    (folder / "locked").mkdir()
+    (folder / "locked" / "link").symlink_to(tmp_path / "kept")
+    (folder / "locked").chmod(0)
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "kept")
+    assert sandbox.remove(str(folder), descriptor, 5.0)
+    os.close(descriptor)
+    assert os.listdir(tmp_path) == ["kept"] and os.listdir(tmp_path / "kept") == ["file"]
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o555
+
+
+def test_cleanup_takes_a_bounded_time(script, tmp_path, monkeypatch):
+    """Then another process goes on with it, which nobody waits for."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_DIRECTORY)
+    for _ in range(3):
+        (folder / os.urandom(4).hex()).touch()
+    assert not sandbox.remove(str(folder), descriptor, 0.0) and len(os.listdir(folder)) == 3
+    assert sandbox.remove(str(folder), descriptor, 5.0) and not folder.exists()
+    os.close(descriptor)
+    monkeypatch.setattr(sandbox, "NAMESPACES", False)
+    monkeypatch.setattr(sandbox, "remove", lambda *args: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tmp_path.chmod(0o777)
+    assert run_tests("import os\nos.mkdir('d')\n" + RIGHT, TESTS) == [True] * 3
+    assert wait_until(lambda: os.listdir(tmp_path) == [] and not running(script.parent))
+    subprocess.run(["true"])  # which buries it
+
+
 @pytest.mark.parametrize("name", HANGS)
 def test_hanging(name, layers, script):
     start = time.monotonic()
@@ -521,7 +830,9 @@ def test_a_daemon_ends_with_the_tests(may_fork, script):
 def test_the_end_of_the_trainer(layers, may_fork, script):
     """SIGKILL, so it cannot tidy up; its supervisor must notice and end the daemon as well."""
     program = HANGS["daemon"].replace("MARK", f"{script.parent}/daemon")
-    trainer = f"""import sandbox, tempfile
+    trainer = f"""import sys, tempfile
+sys.path.append({str(ROOT / "tasks")!r})  # behind the standard library's own math and code
+import sandbox
 sandbox.NAMESPACES, tempfile.tempdir = {layers}, {str(script.parent)!r}
 sandbox.run_tests({program!r}, [], timeout=60)"""
     with subprocess.Popen([sys.executable, "-B"], stdin=subprocess.PIPE, cwd=script.parent) as process:
@@ -552,7 +863,7 @@ def test_the_end_of_the_supervisor(layers):
 def test_processes_that_trace_one_another():
     """The first is reported dead when its tracer, the second, is. (Seccomp forbids it to programs.)"""
     code = f"""import ctypes, os, sys, time
-sys.path.append({str(Path(__file__).parent.parent / "tasks")!r})
+sys.path.append({str(ROOT / "tasks")!r})  # behind the standard library's own math and code
 import sandbox
 libc, (inbox, outbox) = ctypes.CDLL(None), os.pipe()
 libc.prctl(36, 1, 0, 0, 0)
@@ -593,6 +904,48 @@ try:
 except MemoryError: pass
 held = len(blocks)"""
     assert run_tests(program, ["assert 50 < held", "assert held < 256"], memory_mb=256) == [True, True]
+
+
+def test_memory_outside_of_the_limit_is_refused(layers):
+    """What holds memory without being mapped; and calls that act on other processes, this one among them."""
+    program = f"""import ctypes, os, resource
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *args):
+    if libc.syscall(number, *args) == -1: raise OSError(ctypes.get_errno(), "")
+shmget, secret = {{"x86_64": (29, 447), "aarch64": (194, 447)}}.get(os.uname().machine, (-1, -1))
+calls = [lambda: os.memfd_create("a"), lambda: call(shmget, 0, 1 << 20, 0o1600), lambda: call(secret, 0),
+         lambda: resource.prlimit({os.getpid()}, resource.RLIMIT_NOFILE),
+         lambda: os.sched_setaffinity(0, [0]), lambda: os.setpriority(os.PRIO_USER, 0, 5),
+         lambda: resource.prlimit(os.getppid() or 7, resource.RLIMIT_NOFILE, (3, 3)),
+         lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))]
+refused = 0
+for attempt in calls:
+    try: attempt()
+    except OSError: refused += 1
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))  # its own
+open("own", "w").close()
+os.chmod("own", 0o700)"""
+    assert run_tests(program, ["assert refused == len(calls)"]) == [True]
+
+
+def test_files_of_the_user_keep_their_mode(tmp_path):
+    """For an ordinary user without namespaces, which this test may not be: the filter by itself."""
+    code = f"""import ctypes, os, sys
+sys.path.append({str(ROOT / "tasks")!r})  # behind the standard library's own math and code
+import sandbox
+libc = ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+os.chmod("file", 0o600)
+sandbox.seccomp(libc, files=True)
+for call in ((os.chmod, "file", 0), (os.chown, "file", -1, -1), (os.utime, "file", (1, 1)),
+             (os.setxattr, "file", "user.a", b"1")):
+    try: call[0](*call[1:])
+    except PermissionError: print(call[0].__name__)"""
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    if os.uname().machine not in ("x86_64", "aarch64"):
+        pytest.skip("no filter for this machine")
+    assert done.stdout.split() == ["chmod", "chown", "utime", "setxattr"] and not done.stderr
 
 
 def test_files_are_limited_and_removed(layers):

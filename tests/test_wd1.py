@@ -45,13 +45,14 @@ def slow_logp(model, prompt, prompt_mask, shown, y, temperature: float) -> torch
     return total / (len(hidden) / len(y))
 
 
-def slow_clean_prediction(model, roll, b: int, s: int) -> torch.Tensor:
-    """The greedy completion of the canvas before step s; of the row's last step, the finished row."""
+def slow_clean_prediction(model, roll, b: int, s: int, y: str) -> torch.Tensor:
+    """The completion of the canvas before step s, greedy or what the sampler drew; of the row's last step,
+    the finished row."""
     if s == max(step for step in roll.revealed_at[b].tolist() if step < roll.S):
         return roll.completion[b]
     shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
     best = slow_logits(model, roll.prompt[b], roll.prompt_mask[b], shown).argmax(1)
-    return torch.where(shown == model.mask_id, best, shown)
+    return torch.where(shown == model.mask_id, best if y == "greedy" else roll.guess[b, s], shown)
 
 
 def steps_taken(roll) -> list[tuple[int, int]]:
@@ -139,23 +140,28 @@ def test_an_update_of_wd1_has_the_loss_and_the_gradient_of_eq_8(update, float64,
     assert run.logged[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-10) and abs(sum(losses)) > 0.1
 
 
+@pytest.mark.parametrize("y", ["sampled", "greedy"])
 @pytest.mark.parametrize("K", [2, 4])
-def test_an_update_of_plusplus_has_the_loss_and_the_gradient_of_eq_10(update, float64, K):
-    """In several forwards. Without 1 / l_s, or with the finished row scored at every step, it is rejected."""
-    run, model, drawn = update(plusplus=True, K=K, psi=2.0, passes=1, budget=182)
+def test_an_update_of_plusplus_has_the_loss_and_the_gradient_of_eq_10(update, float64, K, y):
+    """In several forwards. The other y, or the finished row scored at every step, is rejected."""
+    run, model, drawn = update(plusplus=True, K=K, y=y, psi=2.0, passes=1, budget=182)
     (roll,), ((steps, member),) = drawn["roll_out"], drawn["draw_steps"]
     kept = [(b, steps[b, k].item()) for b, k in member.nonzero().tolist()]
     assert model.counts["nfe_update"] <= model.counts["nfe_update_full"] == len(kept)
     assert K < 4 or sorted(kept) == steps_taken(roll)
-    rows = []
+    rows, others = [], []
     for b, s in kept:
         shown = roll.completion[b].masked_fill(roll.revealed_at[b] >= s, model.mask_id)
-        rows.append((b, roll.prompt[b], shown, slow_clean_prediction(model, roll, b, s)))
+        rows.append((b, roll.prompt[b], shown, slow_clean_prediction(model, roll, b, s, y)))
+        if y == "sampled":
+            others.append((*rows[-1][:3], slow_clean_prediction(model, roll, b, s, "greedy")))
     loss, (step,) = slow_loss(model, roll, rows, 2.0, False), run.steps
     assert step.loss == pytest.approx(loss.item(), rel=1e-10) and abs(loss.item()) > 0.1
     assert relative_error(gradient(model.network.parameters(), loss), step.gradient) < 1e-10
-    of_the_row = slow_loss(model, roll, [(*row[:3], roll.completion[row[0]]) for row in rows], 2.0, False)
-    assert relative_error(gradient(model.network.parameters(), of_the_row), step.gradient) > 0.01
+    finished = [(*row[:3], roll.completion[row[0]]) for row in rows]
+    for members in filter(None, (finished, others)):
+        wrong = slow_loss(model, roll, members, 2.0, False)
+        assert relative_error(gradient(model.network.parameters(), wrong), step.gradient) > 0.01
 
 
 # ----------------------------------------------------------------------------------------- the weights
@@ -381,15 +387,16 @@ def test_a_prompt_mask_is_a_function_of_the_prompts_own_generator():
 # ------------------------------------------------------------------------------- wd1++: the trajectory
 
 
-def rollout(model, S=6, block=4):
+def rollout(model, S=6, block=4, guess="greedy"):
     """12 rows; some end early."""
     return denoise(model, *padded_prompts(model, G), generators(), L=L, S=S, block=block, temperature=T,
-                   guess=True)
+                   guess=guess)
 
 
-def test_clean_predictions_and_one_step_logp_against_loops(in_float64):
+@pytest.mark.parametrize("guess", ["greedy", "sampled"])
+def test_clean_predictions_and_one_step_logp_against_loops(guess, in_float64):
     model = sharp_model(OFTEN, torch.float64)
-    roll = rollout(model)
+    roll = rollout(model, guess=guess)
     b, s = torch.tensor(steps_taken(roll)).T
     last = roll.revealed_at.masked_fill(roll.revealed_at == roll.S, -1).amax(1)
     early = last < roll.S - 1
@@ -397,7 +404,7 @@ def test_clean_predictions_and_one_step_logp_against_loops(in_float64):
 
     y = clean_predictions(roll[b], s[:, None])[:, 0]
     pairs = list(zip(b.tolist(), s.tolist(), strict=True))
-    expected_y = torch.stack([slow_clean_prediction(model, roll, i, j) for i, j in pairs])
+    expected_y = torch.stack([slow_clean_prediction(model, roll, i, j, guess) for i, j in pairs])
     assert torch.equal(y, expected_y)
     assert torch.equal(y[s == last[b]], roll.completion)
     last_of_all = torch.where((s == roll.S - 1)[:, None], roll.completion[b], roll.guess[b, s])
@@ -472,3 +479,124 @@ def test_plusplus_with_one_step_is_wd1_with_the_whole_prompt_shown(in_float64):
 
     greedy = one_step_logp(model, x, roll.prompt_mask, roll.guess[:, 0], T).view(3, G)  # y = o_i forgotten
     assert (greedy - one).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------- wd1++: completions that are sampled
+
+SAMPLERS = [dict(S=6, block=4), dict(S=12, block=12, order="confidence"), dict(S=4, block=6, order="random"),
+            dict(S=12, block=4, threshold=0.5)]
+
+
+def guessed(model, guess: str | None, seed: int = 0, **sampling) -> common.Rollout:
+    return denoise(model, *padded_prompts(model, G), generators(seed), L=L, temperature=T, guess=guess,
+                   **sampling)
+
+
+@pytest.mark.parametrize("sampling", SAMPLERS, ids=lambda s: s.get("order", "top_prob"))
+def test_asking_for_a_guess_changes_nothing_else(sampling):
+    """What is sampled, when, how likely it was, and of how many forwards."""
+    model = sharp_model(OFTEN)
+    found, forwards = [], []
+    for guess in (None, "greedy", "sampled"):
+        before = model.counts["nfe_rollout"]
+        found.append(guessed(model, guess, **sampling))
+        forwards.append(model.counts["nfe_rollout"] - before)
+    assert forwards[0] == forwards[1] == forwards[2]
+    for name in ("completion", "revealed_at", "logp", "entropy", "valid"):
+        first, *others = (getattr(roll, name) for roll in found)
+        assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(found[1].guess, found[2].guess)
+
+
+@pytest.mark.parametrize("sampling", SAMPLERS, ids=lambda s: s.get("order", "top_prob"))
+def test_a_sampled_guess_contains_what_was_shown_and_what_the_step_reveals(sampling):
+    model = sharp_model(OFTEN)
+    roll = guessed(model, "sampled", **sampling)
+    for s in range(roll.S):
+        there = roll.revealed_at <= s  # shown before step s, or revealed by it
+        assert torch.equal(roll.guess[:, s][there], roll.completion[there])
+    assert not (roll.guess == model.mask_id).any()
+    last = roll.revealed_at.masked_fill(roll.revealed_at == roll.S, -1).amax(1)
+    final = roll.guess[torch.arange(len(last)), last]  # so before a row's last step, the finished row
+    assert torch.equal(final[roll.valid], roll.completion[roll.valid])
+    greedy = guessed(model, "greedy", **sampling)  # need not contain what the step reveals
+    assert any((greedy.guess[:, s] != greedy.completion)[greedy.revealed_at == s].any()
+               for s in range(roll.S))
+
+
+def test_at_temperature_0_a_sample_is_the_most_likely_token():
+    model = sharp_model(OFTEN)
+    prompt, prompt_mask = padded_prompts(model, G)
+    greedy, sampled = (denoise(model, prompt, prompt_mask, [], L=L, S=6, block=4, temperature=0, guess=guess)
+                       for guess in ("greedy", "sampled"))
+    assert torch.equal(greedy.guess, sampled.guess)
+    with pytest.raises(AssertionError):
+        guessed(model, "random", S=6, block=4)
+
+
+def test_a_groups_guesses_depend_neither_on_other_groups_nor_on_the_parts_of_the_head(monkeypatch):
+    model = sharp_model(OFTEN)
+    together = guessed(model, "sampled", S=6, block=4)
+    rows = slice(G, 2 * G)
+    alone = denoise(model, *(part[rows] for part in padded_prompts(model, G)), generators()[1:2], L=L, S=6,
+                    block=4, temperature=T, guess="sampled")
+    assert torch.equal(alone.guess, together.guess[rows])
+    assert not torch.equal(guessed(model, "sampled", seed=1, S=6, block=4).guess, together.guess)
+    monkeypatch.setattr(common, "LOGITS", 3 * model.V)
+    assert torch.equal(guessed(model, "sampled", S=6, block=4).guess, together.guess)
+
+
+def test_a_sampled_guess_has_the_distribution_of_its_state():
+    """12,000 rows of one prompt, at the state before step 0 and at the most frequent state before step 2,
+    which reveals in the second of three blocks. Every position is sampled from its own softmax, in the
+    current block and behind it, and independently of its neighbour. What is less likely than 1 % is not
+    compared. False alarm: |z| > 5.5 for one of some 500 numbers, about 1e-5."""
+    model, N = sharp_model(), 12_000
+    prompt, prompt_mask = encode(model, ["4="] * N)
+    roll = denoise(model, prompt, prompt_mask, [common.generator("cpu", 5)], L=6, S=6, block=2,
+                   temperature=T, guess="sampled")
+
+    def z(found, p, n):
+        often = p > 0.01
+        return ((found - p)[often] / (p * (1 - p) / n)[often].sqrt()).abs().max().item()
+
+    for s in (0, 2):
+        states = roll.completion.masked_fill(roll.revealed_at >= s, model.mask_id)
+        distinct, which, counts = states.unique(dim=0, return_inverse=True, return_counts=True)
+        here, n = which == counts.argmax(), counts.max().item()
+        logits = slow_logits(model, prompt[0], prompt_mask[0], distinct[counts.argmax()])[s:].double()
+        p = (logits / T).softmax(1)  # of the positions that are hidden
+        y = torch.nn.functional.one_hot(roll.guess[here, s, s:], model.V).double()  # (n, 6 - s, V)
+        assert n > 500 and z(y.mean(0), p, n) < 5.5
+        assert z(y.mean(0), logits.softmax(1), n) > 5.5  # temperature 1
+        assert z(y.mean(0), p.flip(0), n) > 5.5  # another position's
+        for i in range(5 - s):
+            both = torch.einsum("nv,nw->vw", y[:, i], y[:, i + 1]) / n
+            assert z(both, p[i, :, None] * p[i + 1], n) < 5.5
+
+
+@pytest.mark.parametrize("eos_id", [None, 1])
+def test_what_a_push_on_y_expects(eos_id, in_float64):
+    """Exactly, over the 9 completions y of a state that shows one token of three. A constant weight on a
+    sampled y pushes nothing on average, even though y counts to its first EOS alone; on a greedy y it pushes
+    the most likely tokens. A weight that is the reward of y pushes along the gradient of its expectation."""
+    model = Tabular(V=3, L=3, seed=5, eos_id=eos_id)
+    y = torch.tensor([(a, 2, b) for a, b in itertools.product(range(3), repeat=2)])
+    x = torch.tensor([[model.mask_id, 2, model.mask_id]])
+    p = model.head(model.body(x, None))[0].softmax(1)  # (3, V)
+    probability = p[0, y[:, 0]] * p[2, y[:, 2]]
+    share = probability.detach()
+    reward = random_rewards(9)
+    if eos_id is not None:  # which cannot depend on what stands behind the EOS
+        reward[y[:, 0] == eos_id] = 0.3
+
+    def push(y, weight):
+        none = torch.zeros(len(y), 0, dtype=torch.bool)
+        logp = one_step_logp(model, x.expand(len(y), -1), none, y, 1.0)
+        return torch.autograd.grad((weight * logp).sum(), model.table)[0]
+
+    expected = torch.autograd.grad((probability * reward).sum(), model.table, retain_graph=True)[0]
+    assert push(y, share).abs().max() < 1e-15
+    greedy = torch.where(x == model.mask_id, p.argmax(1), x)
+    assert push(greedy, 1.0).abs().max() > 0.1
+    torch.testing.assert_close(push(y, share * reward), expected * 3 / 2, atol=1e-14, rtol=0)  # 1 / l
