@@ -271,7 +271,7 @@ def cast_once(model):
     return dataclasses.replace(model, network=network)
 
 
-def timed_rollout(model, groups: int = 1, steps: int | None = None, guess: bool = True) -> dict:
+def timed_rollout(model, groups: int = 1, steps: int | None = None, guess: str | None = "greedy") -> dict:
     """Seconds and speed of gpu.rollout."""
     from benchmarks import gpu
 
@@ -320,7 +320,7 @@ def small_model():
     figure(part, "error of the head", lambda: head_error(model))
     compare_rollouts(part, model, steps=None)
     figure(part, "rollout, cuDNN attention", lambda: timed_rollout(model), cudnn_attention())
-    figure(part, "rollout, no guess", lambda: timed_rollout(model, guess=False))
+    figure(part, "rollout, no guess", lambda: timed_rollout(model, guess=None))
     figure(part, "rollout, naive", lambda: twice(lambda: gpu.naive_rollout(model)))
     roll, optimizer = gpu.rollout(model), gpu.optimizer_of(model)
 
@@ -385,7 +385,7 @@ def sharded():
         whole = gpu.build(gpu.SMALL if SMALL else gpu.QWEN, torch.device("cpu"))
         model = parallel.spread(whole, device, sharded=True, keep_whole=True, with_twin=False)
         with model.rolling_out():
-            rollouts = twice(lambda: gpu.rollout(model, guess=True))
+            rollouts = twice(lambda: gpu.rollout(model, guess="greedy"))
             roll = gpu.rollout(model)
         optimizer = gpu.optimizer_of(model)
         updates = twice(lambda: gpu.optimizer_step(model, optimizer, lambda: gpu.updates(model, roll, 8192)))

@@ -174,7 +174,7 @@ def small_model(size: dict, row: dict):
     def naive_update():
         optimizer_step(model, optimizer, lambda: naive_updates(model, roll))
 
-    took = {"rollout": seconds(lambda: rollout(model, guess=True)),
+    took = {"rollout": seconds(lambda: rollout(model, guess="greedy")),
             "rollout, no guess": seconds(lambda: rollout(model)),
             "rollout, naive": seconds(lambda: naive_rollout(model)),
             "update": seconds(update), "update, naive": seconds(naive_update)}
@@ -186,7 +186,7 @@ def small_model(size: dict, row: dict):
         "update_share_of_peak": share_of_peak(size, took["update"], peak),
         "rollout_speedup": took["rollout, naive"] / took["rollout"],
         "update_speedup": took["update, naive"] / took["update"],
-        "rollout_peak_gib": peak_gib(lambda: rollout(model, guess=True)), "update_peak_gib": peak_gib(update)}
+        "rollout_peak_gib": peak_gib(lambda: rollout(model, guess="greedy")), "update_peak_gib": peak_gib(update)}
 
 
 def large_model(row: dict):

@@ -167,13 +167,13 @@ class NotedRun(common.Run):
         super().__init__(updates)
         self.steps, self.logged = [], []
 
-    def step(self, loss: float, max_grad_norm: float) -> float:
+    def step(self, loss: float, max_grad_norm: float, warmup: int = 0) -> float:
         network = self.model.network
         self.steps.append(SimpleNamespace(
             loss=loss,
             gradient=torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]),
             weights={name: value.clone() for name, value in network.state_dict().items()}))
-        return super().step(loss, max_grad_norm)
+        return super().step(loss, max_grad_norm, warmup)
 
     def log(self, metrics: dict[str, float], infos: list[dict[str, float]]):
         means = {k: sum(info[k] for info in infos) / len(infos) for k in (infos[0] if infos else ())}

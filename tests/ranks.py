@@ -64,8 +64,8 @@ def main():
 
     flags.tiny_task, tasks.find, tasks.load = lambda folder: "toy", lambda name: None, task
     common.LOGITS = 256  # the head in parts, each computed again in backward
-    for mode, method, argv in json.loads(sys.argv[1]):
-        bf16, mode = mode.endswith(", bf16"), mode.removesuffix(", bf16")
+    for name, method, argv in json.loads(sys.argv[1]):
+        bf16, mode = name.endswith(", bf16"), name.removesuffix(", bf16")
         parallel.spread = in_bf16 if bf16 else SPREAD
         torch.distributed.fsdp.MixedPrecisionPolicy = bf16_policy if bf16 else POLICY
         models.plan = without_room if mode == "in step" else PLAN

@@ -23,7 +23,10 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 import common
-from common import Denoiser, micro_batches, score
+import egspo
+import rldf
+import wd1
+from common import Denoiser, denoise, encode, generator, group_noise, micro_batches, score
 from plumbing import models, parallel
 
 # 5 groups of 3 rows and 7 held-out rows: neither two nor three divide them. Padding, EOS, two blocks.
@@ -277,25 +280,38 @@ def test_no_decision_hangs_on_an_order_among_equals(method, flags):
 
 
 class OnAGpu(torch.Tensor):
-    """A tensor that must not add floats in any order; .cpu() gives a plain one."""
+    """A tensor in which nothing that is decided may be added in any order; .cpu() gives a plain one."""
 
     @classmethod
     def __torch_function__(cls, function, types, inputs=(), options=None):
         if function is torch.Tensor.cpu:
             with torch._C.DisableTorchFunctionSubclass():
                 return inputs[0].as_subclass(torch.Tensor)
-        assert function not in (torch.Tensor.scatter_add, torch.Tensor.scatter_add_, torch.Tensor.index_add,
-                                torch.Tensor.cumsum, torch.Tensor.scatter_reduce), function
+        in_any_order = ("scatter_add", "scatter_add_", "scatter_reduce", "index_add", "cumsum", "bincount")
+        assert not (function.__name__ in in_any_order and inputs[0].is_floating_point()), function
         return super().__torch_function__(function, types, inputs, options or {})
 
 
-def test_sums_over_steps_are_not_added_by_atomics():
-    values, at = torch.rand(3, 8), torch.randint(5, (3, 8))
-    expected = common.per_step(values, at, 4)
-    found = common.per_step(values.as_subclass(OnAGpu), at.as_subclass(OnAGpu), 4)
-    assert torch.equal(found.cpu(), expected)
+def of_rows(roll: common.Rollout):
+    """What the methods decide of a rollout."""
+    noise = group_noise([generator("cpu", 3)], len(roll.logp), (3, roll.S)).as_subclass(type(roll.logp))
+    return [*egspo.select_steps(roll, 2, None), *egspo.draw_steps(roll, noise[:, 0, :2]),
+            rldf.draw_steps(*rldf.step_surprise(roll), 2, 1.0, noise), *wd1.draw_steps(roll, 2, noise[:, 0])]
+
+
+def test_no_decision_hangs_on_an_order_of_adding(monkeypatch):
+    """CUDA adds floats in any order where a scatter or a cumulated sum does it."""
+    model = sharp_model(eos=2.0)
+    prompt, prompt_mask = encode(model, ["1=", "23="])
+    roll = denoise(model, prompt, prompt_mask, [generator("cpu", 0)], L=8, S=4, block=8)
+    expected, real = of_rows(roll), common.per_step
+    for module in (egspo, rldf, wd1):
+        monkeypatch.setattr(module, "per_step", lambda *inputs: real(*inputs).as_subclass(OnAGpu))
+    found = of_rows(roll.each(lambda tensor: tensor.as_subclass(OnAGpu)))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.cpu(), other)
     with pytest.raises(AssertionError):
-        values.as_subclass(OnAGpu).scatter_add(1, at, values)
+        roll.logp.as_subclass(OnAGpu).cumsum(1)
 
 
 # ------------------------------------------------------------------------------------------------ the shares
