@@ -52,7 +52,8 @@ LOGITS = 2**26  # the most logits that scoring makes at once: 256 MiB in fp32
 def generator(device: torch.device | str, *key) -> torch.Generator:
     """A private random generator that depends on `key` alone, e.g. (seed, "rollout", update, prompt index).
 
-    So no generator state has to be saved, and the global generator is never touched."""
+    So no generator state has to be saved, and the global generator is never touched. The same key gives the
+    same numbers on every CPU; on CUDA they depend on the card."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 

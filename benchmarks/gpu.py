@@ -186,7 +186,8 @@ def small_model(size: dict, row: dict):
         "update_share_of_peak": share_of_peak(size, took["update"], peak),
         "rollout_speedup": took["rollout, naive"] / took["rollout"],
         "update_speedup": took["update, naive"] / took["update"],
-        "rollout_peak_gib": peak_gib(lambda: rollout(model, guess="greedy")), "update_peak_gib": peak_gib(update)}
+        "rollout_peak_gib": peak_gib(lambda: rollout(model, guess="greedy")),
+        "update_peak_gib": peak_gib(update)}
 
 
 def large_model(row: dict):

@@ -9,6 +9,7 @@ import torch
 from helpers import LLADA_8B, settings
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks import memory
 from plumbing import models
 
 
@@ -78,3 +79,22 @@ def test_memory_and_disk_are_planned_before_anything_is_loaded(
     captured = capsys.readouterr()
     assert stopped.value.code == 2 and said in captured.err and captured.err.count("\n") == 1
     assert "predicted peak" in captured.out and "Adam 59.7" in captured.out
+
+
+def test_the_table_of_the_readme_is_what_a_run_says(tmp_path, monkeypatch, capsys):
+    memory.table()
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == len(memory.ROWS)
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (139 * 2**30, 141 * 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300 * 2**30))
+    for gpus in (1, 2):
+        monkeypatch.setattr(models.parallel, "world", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(models.parallel, "total", lambda value, op: value)
+        monkeypatch.setenv("WORLD_SIZE", str(gpus))
+        shard = ["--shard"] if gpus > 1 else []
+        args = settings(monkeypatch, "egspo", "--model", tmp_path, "--task", "gsm8k", "--beta", 0, *shard)
+        models.plan(args.model, args, torch.device("cuda"))
+        said = capsys.readouterr().out
+        row = next(row for row in rows if row[:3] == ["LLaDA-8B", str(gpus), "–"])
+        assert f"predicted peak: {row[3]} GiB" in said and f"reserve: {row[4]} GiB" in said
