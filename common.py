@@ -363,8 +363,9 @@ def sampled_fill(
 
     h (N, L, d) are the hidden states of N canvases; canvas_of (R,) says which of them each row stands on.
     noise (R, L), uniform: the token is the first at which the cumulated probability exceeds the number. So a
-    position needs one random number, not V of them. The head runs in parts."""
-    filled, size = x.clone(), max(1, LOGITS // model.V)
+    position needs one random number, not V of them. The head runs in parts, an eighth of what scoring takes
+    at once: beside the logits there are three tensors of float64."""
+    filled, size = x.clone(), max(1, LOGITS // (8 * model.V))
     for at in (x == model.mask_id).nonzero().split(size):
         row, col = at.T  # (m,)
         logits = model.head(h[canvas_of[row], col])  # (m, V)
