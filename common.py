@@ -1,16 +1,17 @@
 """What the methods share: the sampler, how a canvas is scored, prompts, rewards, and the loop around it all.
 
-Whatever two papers could disagree about is in the method's own file. Here is what must be equal for a
-comparison to be fair. This file imports nothing of ours: copy it together with a method's file, and the
-method runs in your project. In order: 1 legend, 2 model, 3 sampler, 4 scoring, 5 prompts and rewards, 6 run.
+What a method alone does is in its own file. Here is what must be equal for a comparison to be fair. This file
+imports nothing of ours: copy it together with a method's file, and the method runs in your project. In order:
+1 legend, 2 model, 3 sampler, 4 scoring, 5 prompts and rewards, 6 run.
 
 1 LEGEND
     B rows of a batch = prompts * G, the rows of one prompt adjacent    G samples (a group) per prompt
     P prompt length, left-padded    L completion length    V vocabulary    T temperature
     S denoising steps    n = L / S tokens revealed in each    s one step, counted from 0
     K steps of each row that an update looks at again    k one of them
-    pair: a row and one of the canvases it is scored on    M pairs scored in one forward
-    update: one rollout and the optimizer steps made on it
+    pair: a row and the number of what is scored for it, mostly one of its canvases    M pairs
+    update: one rollout and the optimizer steps made on it    pass: all pairs of a rollout once
+    minibatch: the groups of one optimizer step    micro-batch: the pairs of one forward and backward
     x canvas: prompt and completion, with some tokens replaced by the mask token
     hidden (bool): True where the canvas shows the mask token
     valid (bool): True up to and including the first EOS
@@ -65,8 +66,8 @@ def generator(device: torch.device | str, *key) -> torch.Generator:
 class Denoiser:
     """A bidirectional network that predicts every masked token at once, and the token ids a sampler needs."""
 
-    network: torch.nn.Module  # a stock transformers class, always in eval mode, so that there is no dropout
-    tokenizer: Callable  # of transformers, too
+    network: torch.nn.Module  # a stock transformers class in eval mode: dropout would change log p
+    tokenizer: Callable  # a transformers tokenizer
     mask_id: int
     eos_id: int  # fills the positions behind the end of an answer
     pad_id: int
@@ -167,7 +168,7 @@ class Rollout:
     prompt: Tensor  # (B, P) left-padded
     prompt_mask: Tensor  # (B, P) False = padding
     completion: Tensor  # (B, L) EOS everywhere behind the block that held the first EOS
-    revealed_at: Tensor  # (B, L) the denoising step that revealed it; S where none did (the tail behind EOS)
+    revealed_at: Tensor  # (B, L) the denoising step that revealed it; S where none did (blocks behind an EOS)
     logp: Tensor  # (B, L) of the token, in the distribution it was sampled from; 0 where revealed_at == S
     entropy: Tensor  # (B, L) of that distribution, in nats
     valid: Tensor  # (B, L) True up to and including the first EOS
@@ -459,7 +460,7 @@ def score(
 
 
 def worth_scoring(model: Denoiser, pairs: Tensor, moves: Tensor, times: int) -> Tensor:
-    """The pairs (M, 2) whose loss can move a weight; moves: (M,).
+    """Those of `pairs` (M, 2) whose loss can move a weight, which is where moves (M,) is True.
 
     The others are not evaluated. They are counted as the papers' code would: `times` forwards each."""
     model.counts["nfe_update_full"] += len(model.share(len(pairs) - int(moves.sum()))) * times
@@ -470,7 +471,7 @@ def minibatches(pairs: Tensor, prompts: int, G: int, count: int, gen: torch.Gene
     """Split `pairs` (M, 2), a row and one of its canvases, into `count` minibatches of a pass over a rollout.
 
     A minibatch holds all pairs of its groups, of which there are prompts / count, drawn by gen (on the CPU).
-    Groups without any pair make no minibatch: an optimizer step there would be momentum and weight decay
+    A minibatch without any pair is left out: an optimizer step there would be momentum and weight decay
     alone."""
     for groups in torch.randperm(prompts, generator=gen).to(pairs.device).chunk(count):
         batch = pairs[torch.isin(pairs[:, 0] // G, groups)]
@@ -682,4 +683,4 @@ class Run:
         """Print a line: metrics of its rollout, and the means of infos, one for each optimizer step."""
         infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]  # nothing could move a weight
         means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
-        print(f"update {self.update}:", *(f"{k} {v:.4g}" for k, v in (metrics | means).items()))
+        print(f"update {self.update + 1}:", *(f"{k} {v:.4g}" for k, v in (metrics | means).items()))

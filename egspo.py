@@ -4,18 +4,18 @@ Denoising is a decision process: the state is the partly masked canvas, the acti
 step, and the reward comes at the end. The policy gradient then is a sum over denoising steps, and only the K
 steps at which the model was least certain are evaluated:
 
-    loss = (1 / B K n) sum over rows b, kept steps s of [-min(rho A, clip(rho, 1 - lo, 1 + hi) A) + beta k3]
+    loss = 1 / (B K n) * sum over rows b, kept steps s of [-min(rho A, clip(rho, 1 - lo, 1 + hi) A) + beta k3]
     rho  = exp(l - l_old),   l(b, s) = sum over the tokens revealed at s of log p(token | canvas before s)
     A    = (R - mean R) - lambda / (1 + lambda) (r_s - mean r_s)
 
 R is the reward of the row, r_s that of the greedy one-step completion of its canvas before s ("stepwise
 advantage", SA; with lambda = 0 it is EGSPO). The mean of R is over the group, that of r_s over the group's
-rows that kept the same denoising step. `--baseline rank` takes both over the rows at the same rank, a step's
-place among the row's kept ones, highest entropy first: the paper's, ret = (R + lambda (R - r_s)) / (1 +
-lambda) minus its mean.
+rows that kept the same denoising step. With `--baseline rank`, the paper's, both means are over the group's
+rows at the same rank, which is a step's place among the row's kept ones, highest entropy first. The return is
+then (R + lambda (R - r_s)) / (1 + lambda). Look at select_steps and stepwise_advantage first.
 
-The theorem behind it, sum_s E[R grad l_s] = grad E[R], needs three things; tests/test_egspo.py enumerates
-them all.
+The theorem behind the sum over steps is sum_s E[R grad l_s] = grad E[R]. It needs three things, all of which
+tests/test_egspo.py enumerates:
 
 - The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA
   and of the released code, they depend on the sampled tokens, and the theorem fails (published since:
@@ -26,19 +26,19 @@ them all.
 - The baseline knows nothing of the row's future: lambda = 0, or `step`. A rank is known only once the row is
   finished.
 
-Differences from the paper: lambda is constant (the paper's lambda_t, as in the newest released code, is
-`--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); the order; full fine-tuning, no
-LoRA; several minibatches; small-batch defaults for the tiny model. Without a KL, pairs of advantage 0 are not
-evaluated, and minibatches without any other make no optimizer step (AdamW would go on by momentum and decay).
-Differences from the released code (egspo-dllm-rl at 285b165), the main ones: it samples at T 0.9 and scores
-at T 1, keeps (S, B, n, V) probabilities for the entropies alone, scores canvases one by one, and throws seven
-of eight drawn prompt batches away. results/README.md has them all.
+The defaults meet the last of these alone: like the paper they take the most uncertain steps, in LLaDA's
+order, which learned more on the validation rows. `--order top_prob --select all` meets all three.
 
-python egspo.py                        4x4 Sudoku, 32 to 72 % of the held-out boards solved in two minutes
-python egspo.py --task countdown       expressions, 19 to 33 % in two minutes
+Differences from the paper: lambda is constant (the paper's lambda_t, as in the newest released code, is
+`--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); full fine-tuning, no LoRA; several
+minibatches; small-batch defaults for the tiny model. Without a KL, pairs of advantage 0 are not evaluated,
+and minibatches without any other make no optimizer step (AdamW would go on by momentum and decay).
+Differences from the authors' code, each with its commit, are in results/README.md.
+
+python egspo.py                        4x4 Sudoku, EGSPO_SUDOKU
+python egspo.py --task countdown       expressions, EGSPO_COUNTDOWN
 python egspo.py --lam 0                EGSPO without the stepwise advantage
-python egspo.py --order confidence     LLaDA's order: no theorem, and yet 32 to 79 %
-python egspo.py --select uniform       the ablation: K random steps, 32 to 68 %
+python egspo.py --order top_prob       the order for which the theorem holds
 python egspo.py --model dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1 --task gsm8k     a real one, on a 24 GB GPU
 """
 
@@ -55,6 +55,8 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 
 @dataclass
 class Args:
+    # (LLM: x) is the setting for real models, of which there are more at the end of this file.
+
     # The rollout.
     prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
@@ -64,12 +66,12 @@ class Args:
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     order: Literal["top_prob", "random", "confidence"] = "confidence"  # (paper: this; see above)
     seed: int = 1  # decides every random draw
-    budget: int = 8448  # most tokens in one forward; no result depends on it
+    budget: int = 8448  # most tokens in one forward; results do not depend on it
 
     # The method.
     K: int = 4  # denoising steps kept per row (paper: 8 of 128)
     select: Literal["entropy", "importance", "uniform", "all"] = "entropy"  # which steps (paper: entropy)
-    baseline: Literal["rank", "step"] = "step"  # group mean at the same denoising step, or rank (paper)
+    baseline: Literal["rank", "step"] = "step"  # r_s is compared at the same step, or the same rank (paper)
     lam: float = 0.5  # lambda, weight of the stepwise advantage (paper: 0.5); 0: plain EGSPO
     lam_schedule: Literal["constant", "linear"] = "constant"  # over a row's steps; linear: lambda s / S
     eps_lo: float = 0.2  # lower clip (paper: 0.2; train_vision_egspo.sh: 0.5)
@@ -111,7 +113,7 @@ def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, T
 
 
 def draw_steps(roll: Rollout, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """K draws of one step of each row by noise (B, K), uniform; with replacement, P(s) = H_s / sum of H.
+    """Draw K steps of each row with replacement, P(s) = H_s / sum of H. noise (B, K) is uniform.
 
     Returns steps (B, K), highest entropy first; taken (B, K), False in a row without any entropy, which has
     no gradient either; and weight (B, K) = 1 / (S P(s)), with which the mean over the draws is on average the
@@ -135,7 +137,9 @@ def stepwise_return(reward: Tensor, guess_reward: Tensor, lam: float | Tensor) -
 
 
 def advantage(ret: Tensor, taken: Tensor, G: int) -> Tensor:
-    """Returns (B, K) minus the group's mean in the column; 0 where not taken or a whole group is equal."""
+    """Advantages (B, K): each return (B, K) minus its group's mean in the same column.
+
+    0 where a row did not take the step, or where a whole group is equal."""
     ret, taken = ret.view(-1, G, ret.shape[1]), taken.view(-1, G, ret.shape[1])  # (prompts, G, K)
     mean = (ret * taken).sum(1, keepdim=True) / taken.sum(1, keepdim=True).clamp(min=1)
     highest = ret.masked_fill(~taken, -torch.inf).amax(1, keepdim=True)

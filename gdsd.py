@@ -1,43 +1,33 @@
 """GDSD and GDSD-TLC: guided denoiser self-distillation (arXiv 2605.29398).
 
 KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A), to first order in beta. Its
-log differs from log pi_old by psi A and a normaliser nobody can compute; so distil, by plain regression, a
-score c in which the normaliser does not matter:
+log differs from log pi_old by psi A and a normaliser that nobody can compute. So the method regresses, by
+plain least squares, a score c in which the normaliser does not matter:
 
     loss = mean over rows and mask pairs of (c_theta - c_old - psi A)^2 + beta (l_theta - l_ref)^2
-    c    = mean over the n tokens of the completion of the read-out of the token, scored where it is hidden
-    l    = the same mean of the token's log-probability
+    c    = 1 / n * sum over the row's n valid tokens of their read-out, each on the canvas that hides it
+    l    = the same mean of their log-probabilities
     A    = R_i - mean of the OTHERS' R in the group
 
 read-out (`--match`): "logp" the log-probability, so that c = l; "tlc" the raw logit minus the mean logit of
-its position, no softmax anywhere. The KL stays on log-probabilities, as the authors' commit 2211b60 has it;
-with beta above 0 TLC therefore feels the normaliser a little.
-
-A mask pair is a random mask and its complement, so that each token is scored exactly once. The pairs are
-drawn once for a rollout and kept for c_old, l_ref and every pass. Look at mask_pairs and pair_score first.
+its position, no softmax anywhere. A mask pair is a random mask and its complement, so that each token is
+scored exactly once. The pairs are drawn once per rollout and kept for c_old, l_ref and every pass. Look at
+mask_pairs and pair_score first.
 
 The mean over a pair (`--weights`): "pair" counts every token alike. Then n E[c] is 2 E_t[log p(x0 | x_t)],
-where t is the share that is hidden: the quantity in the paper's loss. "elbo" is what the authors' code does
-since commits 2211b60 (plain) and 0c0bd6c (TLC): each of the k tokens hidden in the mask has weight
-(n + 1) / k, each of the other n - k has (n + 1) / (n - k), and the sum over both canvases is halved. Then
-n E[c] is the ELBO. Theirs has L in place of n, since it scores the tail behind the EOS, too.
-tests/test_gdsd.py enumerates both.
+where t is the share that is hidden: the quantity in the paper's loss. "elbo" is what the authors' newer code
+does: each of the k tokens hidden in the mask has weight (n + 1) / k, each of the other n - k has
+(n + 1) / (n - k), and the sum over both canvases is halved. Then n E[c] is the ELBO. tests/test_gdsd.py
+enumerates both.
 
-psi is per token here: the paper's 10, for a whole completion, is 10 / L = 0.04 at L = 256. The authors say so
-themselves in configs.py (commit 1d03bfa, "0.01-0.1"), while most of their scripts still pass 10 (commit
-7c152d3). With that the target of 10 A nats a token is never reached, and nothing would stop the passes. A
-clamp stops them instead: it holds the difference of a whole completion within 4e-4 nats, so that from the
-second of 8 passes on the policy gradient is zero (commits 3fb6780 and 7c152d3, every LLaDA script; Dream
-Sudoku has made one pass since 782a103, where no clamp acts). There is no clamp here: the square stops at its
-target.
+psi is per token here: the paper's 10, for a whole completion, is 10 / L. There is no clamp on c - c_old,
+because the square stops at its target; the authors' code stops its passes by one. That, how their psi and
+beta translate into ours, and all other differences from their code, each with its commit, are in
+results/README.md. Differences from the paper: several minibatches; small-batch defaults for the tiny model.
 
-Without their clamp, their loss at (psi, beta) is num_mc times ours at (psi, beta L / (2 num_mc)) and
-`--weights elbo`; that of May without TLC (commit 3fb6780) is num_mc / 4 times ours at
-(2 psi, beta L / (2 num_mc)) and `--weights pair`. All other differences, each with its commit, are in
-results/README.md, "Where paper, released code and this repository differ".
-
-python gdsd.py                         4x4 Sudoku, 32 to 39 % of the held-out boards solved in two minutes
-python gdsd.py --match tlc             centred raw logits: 32 to 39 %
+python gdsd.py                         4x4 Sudoku, GDSD_SUDOKU
+python gdsd.py --task countdown        expressions, GDSD_COUNTDOWN
+python gdsd.py --match tlc             centred raw logits
 """
 
 import math
@@ -55,6 +45,8 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 
 @dataclass
 class Args:
+    # (LLM: x) is the setting for real models, of which there are more at the end of this file.
+
     # The rollout.
     prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
@@ -63,7 +55,7 @@ class Args:
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     seed: int = 1  # decides every random draw
-    budget: int = 8448  # most tokens in one forward; no result depends on it
+    budget: int = 8448  # most tokens in one forward; results do not depend on it
 
     # The method.
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
@@ -98,7 +90,7 @@ def advantage(reward: Tensor, G: int) -> Tensor:
 def mask_pairs(valid: Tensor, noise: Tensor) -> Tensor:
     """Random masks and their complements among the valid positions: hidden (B, pairs, 2, L).
 
-    The number hidden is uniform on 0 .. n_valid. The tail behind the EOS is hidden in both.
+    The number hidden is uniform on 0 .. n_valid. What is not valid is hidden in both.
     noise: (B, pairs, L + 1)."""
     n_valid = valid.sum(1)[:, None, None]
     count = (noise[..., :1] * (n_valid + 1)).long()  # (B, pairs, 1)
@@ -135,8 +127,9 @@ def pair_score(
     model: Denoiser, x: Tensor, roll: Rollout, hidden: Tensor, match: str, temperature: float,
     weights: str = "pair", topk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """c (M,) and l (M,) of rows `roll`: the mean read-out and log-probability of the valid tokens, each on
-    the two canvases x (M, 2, P+L) of a mask pair, hidden (M, 2, L)."""
+    """c (M,) and l (M,) of rows `roll`: the mean read-out and the mean log-probability of the valid tokens.
+
+    Each is read on the one of the pair's two canvases x (M, 2, P+L) that hides it; hidden: (M, 2, L)."""
     both = torch.arange(len(x), device=x.device).repeat_interleave(2)  # a mask and its complement, adjacent
     rows = roll[both]
     where, n = hidden.flatten(0, 1) & rows.valid, roll.valid.sum(1)
@@ -183,7 +176,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         gens = [generator(model.device, args.seed, "masks", update, i) for i in ids]
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
         x = torch.stack([canvas(roll, half) for half in hidden.unbind(2)], 2)  # (B, num_mc, 2, P+L)
-        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2); at A = 0 c is held in place
+        pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2): a row and a mask pair
         how = args.match, args.temperature, args.weights, args.topk
         c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
         l_ref = torch.zeros_like(c_old)
@@ -214,7 +207,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                 info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
 
-        # 6 Log: how far c is from c_old, as the last pass found it before its own steps, and its target.
+        # 6 Log: how far c has moved from c_old, and its target. c is from the last pass, of each minibatch
+        # before its own optimizer step.
         move, target = model.total(c_new) - c_old, args.psi * adv
         drift = move.nanmean().item()  # the targets average to zero
         run.counters["drift"] += drift if math.isfinite(drift) else 0.0
@@ -234,7 +228,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 SUDOKU = dict(updates=20, eval_every=5)
 COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=40, eval_every=10)
 # Released (llada_gsm8k, commit 7c152d3): G, L, S, block, T, num_mc, mu, AdamW, clip, lr (theirs of a LoRA of
-# rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3 in this file's scale (MATH 1e-4, Countdown 3e-3).
+# rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3, here 0.064 (MATH 1e-4, Countdown 3e-3).
 # Ours: 2 prompts, theirs 20; all weights; logp, theirs TLC with topk 64 and elbo; psi 10 / L and no clamp; no
 # warm-up, theirs 0.001 of the run.
 LLM = dict(prompts=2, G=16, L=256, S=256, block=32, minibatches=1, psi=0.04, beta=0.064, passes=8, lr=3e-6,

@@ -2,7 +2,7 @@
 
 Rows are decoded adaptively: a step reveals every token the model is confident of (`threshold`), so easy rows
 take few steps. The update looks again at K of a row's steps, the surprising ones more often, and learns from
-everything the model believes there, not only from what it revealed:
+all hidden tokens there, not only from those the step revealed:
 
     K steps, drawn without replacement: P(s) = softmax(w / tau), w_s = -mean log p of the tokens s revealed
     canvas: the row as the sampler had it before step s
@@ -10,20 +10,19 @@ everything the model believes there, not only from what it revealed:
     loss = sum over canvases and tokens of m (-A log p + beta k3) / sum of m
     A = (R - mean R) / max(std R, 0.01) over the group
 
-With several passes over a rollout, -A log p becomes PPO's clipped ratio and p, in m, that of the policy
-before the first. The bias towards surprising steps is intended: no importance weight 1 / P(s).
+With several passes over a rollout, PPO's clipped ratio takes the place of -A log p. The p in m is then that
+of the policy before the first pass. The bias towards surprising steps is intended: there is no importance
+weight 1 / P(s). Look at draw_steps and clean_state_mask first.
 
-Differences from the paper: minibatches; small-batch defaults for the tiny model (LLM has the paper's).
+Differences from the paper: p_min is 0, so that every hidden token is scored (it learned more on the
+validation rows); several minibatches; small-batch defaults for the tiny model. LLM has the paper's settings.
 Without a KL, a minibatch of advantages 0 makes no optimizer step (AdamW would go on by momentum and decay).
-Differences from the authors' released code (Drift at 7abd99b), the main ones: there the tail behind an EOS is
-visible from the second step on, which gives the length of the answer away; Dream's steps are drawn uniformly,
-since its log-probs are never written; rollouts use an approximate prefix cache; each of the K columns of
-canvases has its own normaliser; at most four groups of a GPU are trained on, those of unequal rewards first;
-and the MATH training set contains 248 of the 500 MATH500 questions. results/README.md has them all.
+Differences from the authors' code, each with its commit, are in results/README.md.
 
-python rldf.py                         4x4 Sudoku, 32 to 60 % of the held-out boards solved in two minutes
-python rldf.py --select uniform        the ablations: uniform steps, 59 %; --p_min 0: no clipping of the clean
-                                       state, 69 %; --masks random: masks that are not the sampler's, 27 %
+python rldf.py                         4x4 Sudoku, RLDF_SUDOKU
+python rldf.py --task countdown        expressions, RLDF_COUNTDOWN
+python rldf.py --p_min 0.6             the paper's clipping of the clean state
+python rldf.py --select uniform        an ablation: steps drawn uniformly
 """
 
 from dataclasses import dataclass
@@ -39,6 +38,8 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 
 @dataclass
 class Args:
+    # (LLM: x) is the setting for real models, of which there are more at the end of this file.
+
     # The rollout.
     prompts: int = 32  # prompts per rollout
     G: int = 16  # samples per prompt (a group)
@@ -46,10 +47,10 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 256); with a threshold, those of evaluation alone
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    order: Literal["top_prob", "random", "confidence"] = "confidence"  # of what (paper: the sampled token)
+    order: Literal["top_prob", "random", "confidence"] = "confidence"  # (paper: confidence)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
     seed: int = 1  # decides every random draw
-    budget: int = 8448  # most tokens in one forward; no result depends on it
+    budget: int = 8448  # most tokens in one forward; results do not depend on it
 
     # The method.
     K: int = 4  # denoising steps per row (paper: k = 4)
@@ -169,7 +170,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         steps = draw_steps(w, candidates, args.K, args.tau, noise)  # (B, K)
         hidden = roll.revealed_at[:, None] >= steps[..., None]  # (B, K, L)
         revealed = roll.revealed_at[:, None] == steps[..., None]
-        if args.masks == "random":  # the tail behind an EOS stays hidden, and all that is hidden is scored
+        if args.masks == "random":  # blocks never denoised stay hidden
             gens = [generator(model.device, args.seed, "canvas", update, i) for i in ids]
             drawn = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
             hidden = drawn & roll.valid[:, None] | (roll.revealed_at == roll.S)[:, None]
@@ -185,23 +186,25 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     logp_old[r, k] = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
             logp_old = model.total(logp_old)  # over the processes, if there are several
 
-        # 5 Update. Without a KL, an advantage of 0 cannot move a weight.
+        # 5 Update. Without a KL, an advantage of 0 cannot move a weight; its tokens count in the normaliser.
+        asks_p = logp_old is None and args.p_min > 0  # does it take a forward to know which tokens count?
         infos = []
         for epoch in range(args.passes):
             gen = generator("cpu", args.seed, "pass", update, epoch)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 moves = (adv[batch[:, 0]] != 0) | (reference is not None)  # (M,)
+                if not (asks_p and moves.any()):  # what moves no weight needs no forward
+                    worth_scoring(model, batch, moves, times=1)
                 if not moves.any():
-                    worth_scoring(model, batch, moves, times=1)  # nothing is, but the papers count it
                     continue
                 info = dict.fromkeys(("loss", "kl", "scored_tokens"), 0.0)
-                with torch.no_grad():  # what moves no weight counts in the normaliser all the same
+                with torch.no_grad():
                     for part in micro_batches(model, batch[~moves], x, args.budget):
                         r, k = part.unbind(1)
-                        if logp_old is None:
+                        if asks_p:
                             logp = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
-                        else:
-                            logp = logp_old[r, k]
+                        else:  # with p_min 0 any probability will do
+                            logp = roll.logp[r] if logp_old is None else logp_old[r, k]
                         m = clean_state_mask(logp.exp(), hidden[r, k], roll.valid[r], revealed[r, k],
                                              args.p_min)
                         info["scored_tokens"] += m.sum().item()
@@ -241,7 +244,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 # that a rollout has 8 prompts on however many GPUs (8 on each).
 SUDOKU = dict(updates=80, eval_every=20)
 COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=150)
-LLM = dict(prompts=8, G=4, L=256, S=256, block=32, minibatches=1, beta=0.01, lr=1e-6,
+LLM = dict(prompts=8, G=4, L=256, S=256, block=32, minibatches=1, p_min=0.6, beta=0.01, lr=1e-6,
            weight_decay=0.0)
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ No ratio, clip or reference: raise the log-likelihood of a group's good completi
 with the one-step likelihood of d1: the WHOLE completion hidden and each prompt token hidden with probability
 0.15. That canvas does not contain the completion, so one forward per prompt serves all G of them.
 
-wd1++ (Eq. 10) scores the trajectory instead. Members of a group are (i, s), s = 0..S-1. Each has a one-step
-completion y of the canvas x before step s, in which every hidden position is filled with a sample, those that
-the step reveals included (for a row's last step: the finished row). w is over all members:
+wd1++ (Eq. 10) scores the trajectory instead. The members of a group are (i, s), s = 0..S-1: x is the canvas
+of row i before step s, and y is x with every hidden position filled by a sample, those that step s reveals
+included. (For a row's last step y is the finished row.) The softmaxes are over all members of the group:
 
     loss = mean over prompts of sum_(i,s) (w- - w+) (1 / l_s) sum_(hidden in x, valid in y) log pi(y | x)
 
@@ -19,20 +19,16 @@ l_s is the share of the completion hidden in x. A row that an EOS ended early ha
 Why y is sampled: a step whose y is worse than the group's mean has log pi(y | x) pushed down. If y is greedy,
 that lowers the most likely tokens whatever they are, entropy rises, and in the end the model collapses. If y
 is a sample, the push is zero on average unless the reward depends on y. `--y greedy` shows the difference.
+Look at group_weights and one_step_logp first.
 
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
 already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults
-for the tiny model.
-Differences from the released code, the main ones. wd1 (0898985): its softmax is over the device micro-batch,
-which mixes prompts; it samples at T 0.9 and scores at T 1; it needs G times the forwards. wd1++ (eafae1e):
-its weights sum to e^-m and e^m, m the mean reward, so that a group which is all right is pushed down; each
-token also counts by its probability, and each step by a further 1 / (tokens hidden); the K steps are drawn
-with replacement, the same for all rows; tokens may be masked again. results/README.md has them all.
+for the tiny model. Differences from the authors' code, each with its commit, are in results/README.md.
 
-python wd1.py                          4x4 Sudoku, 32 to 38 % of the held-out boards solved in two minutes
-python wd1.py --positive_only          w+ alone imitates the group's best, and collapses
-python wd1.py --plusplus               32 to 71 %, from settings of its own (PLUSPLUS); one longer run was at
-                                       86 % after 400 updates, and collapsed after 500
+python wd1.py                          4x4 Sudoku, WD1_SUDOKU
+python wd1.py --positive_only          w+ alone imitates its own samples
+python wd1.py --plusplus               WDPP_SUDOKU
+python wd1.py --plusplus --task countdown        WDPP_COUNTDOWN
 """
 
 import math
@@ -49,6 +45,8 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 
 @dataclass
 class Args:
+    # (LLM: x) is the setting for real models, of which there are more at the end of this file.
+
     # The rollout.
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group)
@@ -57,7 +55,7 @@ class Args:
     block: int = 16  # tokens per block, decoded left to right (LLM: 32; wd1++ 128)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     seed: int = 1  # decides every random draw
-    budget: int = 8448  # most tokens in one forward; no result depends on it
+    budget: int = 8448  # most tokens in one forward; results do not depend on it
 
     # The method.
     plusplus: bool = False  # wd1++: score the denoising trajectory
@@ -138,7 +136,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                         temperature=args.temperature, guess=args.y if args.plusplus else None,
                         budget=args.budget)
 
-        # 2 Reward: of the completions, and of what is scored, the members of a group: K of each row.
+        # 2 Reward: of the completions, and of the K members of each row (wd1: the completion alone).
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
         if args.plusplus:  # the one-step completions of K states
             gens = [generator(model.device, args.seed, "steps", update, i) for i in ids]
@@ -157,7 +155,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         weight = group_weights(member_reward.view(per_group), member.view(per_group), args.psi,
                                args.positive_only).view(member.shape)  # (B, K)
 
-        # 4 Update. A weight of 0, which all have when the rewards are equal, cannot move the network.
+        # 4 Update. A weight of 0 cannot move the network. Equal rewards give such weights, w+ = w-.
         pairs = worth_scoring(model, member.nonzero(), weight[member] != 0, args.passes)  # (M, 2)
         shown = roll
         infos = []

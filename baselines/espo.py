@@ -9,10 +9,11 @@ length-normalised ELBOs,
     A    = R minus the mean of the OTHERS' R in the group
     E    = mean over masks of (n + 1) / l times the sum over the l hidden tokens of log p(token | the others)
 
-with l uniform on 0 .. n and the l tokens drawn uniformly. n - l is uniform as well, so a mask and its
-complement are both unbiased for the ELBO, sum over l of (1 / l) E[sum of log p]; together they score each
-token exactly once. Each pass has masks of its own, under which E_old and E_ref are taken, too, before the
-first optimizer step: the noise of the masks cancels from the ratio as long as theta has not moved.
+with l uniform on 0 .. n and the l tokens drawn uniformly. A mask with l = 0 contributes 0. n - l is uniform
+as well, so a mask and its complement are both unbiased for the ELBO, sum over l of (1 / l) E[sum of log p];
+together they score each token exactly once. Each pass has masks of its own, under which E_old and E_ref are
+taken, too, before the first optimizer step: the noise of the masks cancels from the ratio as long as theta
+has not moved.
 
 Written without the authors' code (commit b5f2dac) and later compared with it on the same inputs: the
 gradients are equal where no row has an EOS. Difference from that code: it has L in place of n and scores the
@@ -38,15 +39,17 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 
 @dataclass
 class Args:
+    # (LLM: x) is the setting for real models, of which there are more at the end of this file.
+
     # The rollout.
     prompts: int = 32  # prompts per rollout
     G: int = 8  # samples per prompt (a group; released: 6; MATH 16, code 10)
     L: int = 16  # completion length, tokens (LLM: 256)
-    S: int = 8  # denoising steps per completion (LLM: 128)
+    S: int = 8  # denoising steps per completion (LLM: 256)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     seed: int = 1  # decides every random draw
-    budget: int = 8448  # most tokens in one forward; no result depends on it
+    budget: int = 8448  # most tokens in one forward; results do not depend on it
 
     # The method.
     num_mc: int = 2  # masks per row and pass, each with its complement (released: 2)

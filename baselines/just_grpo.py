@@ -48,6 +48,8 @@ from common import (Denoiser, Rollout, Run, Task, canvas, draw_prompts, encode, 
 
 @dataclass
 class Args:
+    # (LLM: x) is the setting for real models, of which there are more at the end of this file.
+
     # The rollout.
     prompts: int = 16  # prompts per rollout
     G: int = 16  # samples per prompt (a group; released: 16)
@@ -56,7 +58,7 @@ class Args:
     block: int = 16  # tokens per block in an evaluation; 1 in a rollout (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
     seed: int = 1  # decides every random draw
-    budget: int = 8448  # most tokens in one forward; no result depends on it
+    budget: int = 8448  # most tokens in one forward; results do not depend on it
 
     # The method.
     normalise: Literal["released", "none"] = "released"  # none: no std, and the mean over all rows

@@ -44,7 +44,7 @@ class Flags:
     shard: bool = False  # torchrun: split weights, gradients and Adam over the GPUs also where one holds them
 
 
-# What every method changes for a model that reads words, beside its own LLM settings.
+# What every method changes for an LLM, a model that reads words, beside its own LLM settings.
 WORDS = dict(budget=4096, gradient_checkpointing=True, eval_rows=128, eval_threshold=0.0, save_every=50)
 
 # What a resumed run may change.
@@ -57,7 +57,7 @@ FILES = ("model", "task", "data", "test_data")
 
 
 def parse_args(Args: type, method: str, sudoku: dict, countdown: dict, llm: dict, **variants: tuple):
-    """The command line as (Args of the method, settings: these and the flags in one namespace).
+    """Returns args, the settings of the method, and settings, one namespace of those and the flags.
 
     The defaults are those of Args and Flags, changed by `sudoku` or `countdown` for a tiny model, or by `llm`
     for a model that reads words. variants: for a boolean flag of that name the changes in these three cases,

@@ -54,7 +54,7 @@ def start() -> torch.device:
     cuda = torch.cuda.is_available()
     if cuda:
         # On Hopper cuDNN's attention comes first, and it builds a plan for every new shape. Every update has
-        # dozens of new ones here, and attention is a hundredth of a step.
+        # dozens of new ones here, and attention is a small part of a step.
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif Path("/dev/nvidia0").exists():
         print("warning: this machine has an NVIDIA GPU, but torch cannot use it (is the driver older than "
@@ -104,7 +104,7 @@ def gather(items: list) -> list:
 
 
 def total(values, op: str = "sum"):
-    """The sum over all processes, of a number, a dict of numbers or a tensor. op: or "min", the smallest."""
+    """The sum over all processes, of a number, a dict of numbers or a tensor. op "min": the smallest."""
     if world() == 1:
         return values
     if isinstance(values, dict):
@@ -129,7 +129,7 @@ class Replicated(Denoiser):
         return world()
 
     def share(self, count: int) -> range:
-        """This process's share of `count`; empty where there are fewer pieces than processes."""
+        """This process's share of `count`; may be empty where there are fewer pieces than processes."""
         return range(count * rank() // world(), count * (rank() + 1) // world())
 
     def gather(self, items: list) -> list:
@@ -165,7 +165,7 @@ class Sharded(Replicated):
     A layer is gathered when it is called, on CUDA in bf16: half the bytes, and what autocast would make of
     its matrices anyway. All else (embeddings, last norm, head: tied ones must be in one group) belongs to the
     root, in fp32. FSDP2 gathers it for `gathered_forward` and takes it back when backward is through, so the
-    head, which is called apart and again by a checkpoint, finds it there."""
+    head's weights are there when score() calls the head by itself, and when backward runs it again."""
 
     keep_whole: bool = False  # there is memory for all layers at once during a rollout
     twin: torch.nn.Module | None = None  # of the network, in the same shards, where a frozen copy is needed
@@ -207,8 +207,8 @@ class Sharded(Replicated):
             layer.set_reshard_after_forward(True)
 
     def clip_gradient(self, max_norm: float) -> float:
-        """FSDP2 has summed the gradients of shards, in fp32, after each backward. Their norm is of this
-        process's shards alone until it is gathered, before anything is divided by it."""
+        """FSDP2 has summed the gradients of shards, in fp32, after each backward. This
+        process knows the norm of its own shards alone; full_tensor() combines them."""
         grads = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).full_tensor()
         torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), max_norm, norm)

@@ -12,7 +12,7 @@ demonstrations, nor in RL's training data, nor held out; the held-out rows are o
 
 Objective (MDLM / LLaDA): hide k ~ uniform{1..L} of the L answer tokens; mean cross-entropy of the hidden.
 
-Three bases of each task are kept in plumbing/bases, because another CPU would build other weights.
+Bases are kept in plumbing/bases, because another CPU would build other weights.
 python plumbing/pretrain.py [--task countdown] [--seed 1]     builds one anew in runs/: minutes on one core
 """
 
@@ -199,9 +199,11 @@ def grow_careless(model: Denoiser, settings: Settings) -> int:
     task = load(settings.task, chat=False, train=False, held_out="validation")
     optimizers, steps = optimizers_of(model, settings.show_lr), settings.show_steps
     bar = tqdm(range(1, steps + 1), desc=f"{settings.task}, phase two", unit="step", dynamic_ncols=True)
+    share = 1.0
     for step in bar:
         fit(model, optimizers, settings, settings.careless, rng)
-        if step % 5 == 0 or step == steps:
+        # Five steps can lead from above the wanted share to half of it, so all are looked at near it.
+        if step % 5 == 0 or share < 2 * settings.show or step == steps:
             share = solved_share(model, task, TINY[settings.task].S)
             bar.set_postfix_str(f"shows {share:.1%}, wanted: {settings.show:.0%}")
             if share <= settings.show:

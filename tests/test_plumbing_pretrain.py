@@ -97,7 +97,8 @@ def asked(monkeypatch) -> tuple[dict[str, list[float]], list[tuple], list[float]
 
 
 def test_each_phase_stops_by_validation_rows(asked):
-    """Phase one at the first share that is enough; phase two at the first that is low enough."""
+    """Phase one at the first share that is enough; phase two at the first that is low enough, each step
+    looked at once it is near."""
     answers, questions, steps = asked
     answers["validation"] = [0.1, 0.7, 0.95, 0.951, 0.99, 0.5, 0.26, 0.25, 0.251, 0.3]
     answers["test"] = [0.94, 0.98, 0.24, 0.31]
@@ -106,12 +107,12 @@ def test_each_phase_stops_by_validation_rows(asked):
     phases = [("validation", 8, done) for done in (100, 200, 300)]
     measured = [(part, S) for part in ("validation", "test") for S in (8, 16)]
     phases += [(*question, 300) for question in measured]
-    phases += [("validation", 8, done) for done in (305, 310, 315)]
-    phases += [(*question, 315) for question in measured]
+    phases += [("validation", 8, done) for done in (305, 310, 311)]
+    phases += [(*question, 311) for question in measured]
     assert [question[:3] for question in questions] == phases
-    assert steps == [0.0] * 300 + [0.7] * 15  # right demonstrations, then careless ones
+    assert steps == [0.0] * 300 + [0.7] * 11  # right demonstrations, then careless ones
     config = base.network.config
-    assert config.base_steps == {"know": 300, "show": 15}
+    assert config.base_steps == {"know": 300, "show": 11}
     assert config.knows == {"validation": 0.951, "validation_one_token": 0.99, "test": 0.94,
                             "test_one_token": 0.98}
     assert config.shows == {"validation": 0.251, "validation_one_token": 0.3, "test": 0.24,
@@ -273,7 +274,7 @@ def test_pretraining_lowers_the_loss(task, start, end, monkeypatch):
 # ------------------------------------------------------------------------------------------- the kept bases
 
 
-KEPT = [(task, seed) for task in TINY for seed in (0, 1, 2)]
+KEPT = [("sudoku", 0), ("countdown", 0)]
 
 
 @pytest.mark.parametrize("task, seed", KEPT)
@@ -296,13 +297,15 @@ def test_a_kept_base_shows_what_its_config_says(task, seed):
 
 
 def test_the_kept_bases_are_those_of_the_settings():
-    """What pretrain.py would build now. Six, each with other weights, in a few megabytes."""
+    """What pretrain.py would build now. All kept ones are tested, each has other weights, and all together
+    have a few megabytes."""
+    assert {folder.name for folder in pretrain.BASES.iterdir()} == {f"{task}-{seed}" for task, seed in KEPT}
     for task, seed in KEPT:
         saved = json.loads((kept_base(task, seed) / "config.json").read_text())["base_settings"]
         now = vars(dataclasses.replace(TINY[task].settings, seed=seed))
         assert saved == {name: value for name, value in now.items() if name != "out"}
     files = [kept_base(*each) / "model.safetensors" for each in KEPT]
-    assert len({file.read_bytes() for file in files}) == 6
+    assert len({file.read_bytes() for file in files}) == len(KEPT)
     assert sum(file.stat().st_size for file in files) < 9e6
 
 

@@ -22,9 +22,9 @@ def test_one_update_is_egspos():
     found = []
 
     class OneUpdate(common.Run):
-        def step(self, loss, max_grad_norm):
+        def step(self, loss, max_grad_norm, warmup=0):
             found.append([p.grad.clone() for p in model.network.parameters() if p.grad is not None])
-            return super().step(loss, max_grad_norm)
+            return super().step(loss, max_grad_norm, warmup)
 
     egspo.train(args, model, task, OneUpdate(updates=1))
     ids = common.draw_prompts(len(task.train), args.prompts, args.seed, 0)
@@ -48,7 +48,7 @@ def test_two_files_copied_train(tmp_path):
     (tmp_path / "project.py").write_text(f"{PROJECT}\n{network}\n{code}")
     done = subprocess.run([sys.executable, "project.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 2 and "update 1: reward " in done.stdout
+    assert done.stdout.count("\n") == 2 and "update 2: reward " in done.stdout
 
 
 def test_a_trained_model_fills_a_board(capsys):
