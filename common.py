@@ -53,7 +53,8 @@ LOGITS = 2**26  # the most logits that scoring makes at once: 256 MiB in fp32
 def generator(device: torch.device | str, *key) -> torch.Generator:
     """A private random generator that depends on `key` alone, e.g. (seed, "rollout", update, prompt index).
 
-    So no generator state has to be saved, and the global generator is never touched."""
+    So no generator state has to be saved, and the global generator is never touched. The same key gives the
+    same numbers on every CPU; on CUDA they depend on the card."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -363,8 +364,9 @@ def sampled_fill(
 
     h (N, L, d) are the hidden states of N canvases; canvas_of (R,) says which of them each row stands on.
     noise (R, L), uniform: the token is the first at which the cumulated probability exceeds the number. So a
-    position needs one random number, not V of them. The head runs in parts."""
-    filled, size = x.clone(), max(1, LOGITS // model.V)
+    position needs one random number, not V of them. The head runs in parts, an eighth of what scoring takes
+    at once: beside the logits there are three tensors of float64."""
+    filled, size = x.clone(), max(1, LOGITS // (8 * model.V))
     for at in (x == model.mask_id).nonzero().split(size):
         row, col = at.T  # (m,)
         logits = model.head(h[canvas_of[row], col])  # (m, V)

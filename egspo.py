@@ -105,7 +105,8 @@ def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, T
     instead, still ranked by entropy."""
     entropy, taken = step_entropy(roll)
     wanted = entropy if noise is None else noise
-    chosen = wanted.masked_fill(~taken, -1.0).topk(K).indices  # (B, K)
+    # Sorted stably: of equal entropies topk may choose one on this process and another on the next.
+    chosen = wanted.masked_fill(~taken, -1.0).argsort(dim=1, descending=True, stable=True)[:, :K]
     by_entropy = entropy.gather(1, chosen).masked_fill(~taken.gather(1, chosen), -1.0)
     steps = chosen.gather(1, by_entropy.argsort(dim=1, descending=True, stable=True))
     return steps, taken.gather(1, steps)
@@ -116,16 +117,17 @@ def draw_steps(roll: Rollout, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns steps (B, K), highest entropy first; taken (B, K), False in a row without any entropy, which has
     no gradient either; and weight (B, K) = 1 / (S P(s)), with which the mean over the draws is on average the
-    mean over all S steps."""
-    cumulated = step_entropy(roll)[0].double().cumsum(1)  # (B, S)
+    mean over all S steps. On the CPU: CUDA adds in any order, so processes would draw other steps."""
+    cumulated = step_entropy(roll)[0].cpu().double().cumsum(1)  # (B, S)
     total = cumulated[:, -1:]
-    steps = torch.searchsorted(cumulated, noise * total, right=True)  # the first that exceeds its number
+    steps = torch.searchsorted(cumulated, noise.cpu() * total, right=True)  # the first above its number
     steps = steps.clamp(max=roll.S - 1)  # rounding, or a row without any entropy
     entropy = cumulated.diff(dim=1, prepend=torch.zeros_like(total)).gather(1, steps)
     entropy, order = entropy.sort(dim=1, descending=True, stable=True)
     taken = entropy > 0
-    weight = total / (roll.S * entropy.masked_fill(~taken, 1.0))
-    return steps.gather(1, order), taken, (weight * taken).to(roll.logp)
+    weight = taken * total / (roll.S * entropy.masked_fill(~taken, 1.0))
+    device = roll.logp.device
+    return steps.gather(1, order).to(device), taken.to(device), weight.to(roll.logp)
 
 
 def stepwise_return(reward: Tensor, guess_reward: Tensor, lam: float | Tensor) -> Tensor:

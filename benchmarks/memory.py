@@ -5,23 +5,44 @@ rollout (the naive one would take 18 GiB with 8). Naive: logits, float64 noise a
 canvas at every step; log_softmax of the whole canvas in the update. Ours scores the whole completion, the
 most any method does. Each measurement is a process of its own: its peak above what it had loaded.
 
-python benchmarks/memory.py        one to two minutes
+python benchmarks/memory.py            one to two minutes
+python benchmarks/memory.py table      instead: what plumbing/models.py predicts for real models on GPUs
 """
 
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, ModernBertConfig, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
+import egspo  # noqa: E402
 
 P, L, BLOCK = 200, 256, 32
 WAYS = ("rollout, naive", "rollout", "update, naive", "update")
+
+# The sizes in the config.json of each; and the tables: model, GPUs, with its KL to the model before training?
+MODERNBERT = ModernBertConfig(
+    vocab_size=50368, hidden_size=1024, intermediate_size=2624, num_hidden_layers=28, num_attention_heads=16)
+QWEN = Qwen3Config(
+    vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=True)
+DREAM = Qwen2Config(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4)
+LLADA = LlamaConfig(
+    vocab_size=126464, hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32)
+ROWS = (
+    ("ModernBERT-large-chat", MODERNBERT, 1, True), ("Qwen3-0.6B", QWEN, 1, True),
+    ("Dream-7B", DREAM, 1, False), ("LLaDA-8B", LLADA, 1, False), ("LLaDA-8B", LLADA, 2, False),
+    ("LLaDA-8B", LLADA, 4, False), ("LLaDA-8B", LLADA, 8, False), ("LLaDA-8B", LLADA, 16, False),
+    ("LLaDA-8B", LLADA, 4, True), ("LLaDA-8B", LLADA, 8, True), ("Dream-7B", DREAM, 2, False))
 
 
 def tiny_body() -> common.Denoiser:
@@ -66,8 +87,35 @@ def measure(way: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
+def table():
+    """Print a row for each of ROWS: GiB on each GPU, in shards where there are several.
+
+    The settings are those EGSPO has for a model that reads words."""
+    from plumbing import models  # not above: the peak of a measurement is that of all it has loaded
+    from plumbing.flags import WORDS
+
+    of = WORDS | egspo.LLM
+    print("| model | GPUs | KL | GiB on each | of it reserved | in rollouts, whole layers | disk, GiB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, config, gpus, kl in ROWS:
+        predict = partial(
+            models.predict_memory, config, L=of["L"], S=of["S"], block=of["block"], G=of["G"],
+            rows=max(of["prompts"] * of["G"], of["eval_rows"]), budget=of["budget"], reference=kl, train=True,
+            gradient_checkpointing=of["gradient_checkpointing"], bf16=True)
+        disk = 7 * predict()["weights"]
+        parts = predict(ranks=gpus if gpus > 1 else 0)
+        layers = parts.pop("layers", 0)
+        reserved = models.reserve(parts) + (gpus > 1)  # and NCCL's, which this one process has none of
+        need = sum(parts.values()) + reserved
+        whole = f"{need - parts['gradients'] - parts['activations'] + layers:.1f}" if layers else "–"
+        said = "yes" if kl else "–"
+        print(f"| {name} | {gpus} | {said} | {need:.1f} | {reserved:.1f} | {whole} | {disk:.0f} |")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["table"]:
+        table()
+    elif len(sys.argv) > 1:
         print(measure(sys.argv[1]))
     else:
         peak = {}

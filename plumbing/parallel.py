@@ -68,6 +68,9 @@ def start() -> torch.device:
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+        cards = set(gather([torch.cuda.get_device_name(device) if cuda else "CPU"]))
+        if len(cards) > 1:  # then draws and rounding differ, and so does what each process decides
+            refuse(f"all processes need the same kind of GPU; there are: {', '.join(sorted(cards))}")
         if rank():
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)

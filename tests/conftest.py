@@ -3,7 +3,12 @@
 import dataclasses
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on networks this small two threads only wait
+# Both before torch is imported. On networks this small two threads only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests compare with numbers that only a CPU repeats, so a GPU is hidden, also from the processes that
+# they start. TEST_CUDA=1 shows it, for tests/test_cuda.py alone.
+if not os.environ.get("TEST_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

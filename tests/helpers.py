@@ -173,7 +173,7 @@ class NotedRun(common.Run):
             loss=loss,
             gradient=torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]),
             weights={name: value.clone() for name, value in network.state_dict().items()}))
-        return super().step(loss, max_grad_norm)
+        return super().step(loss, max_grad_norm, warmup)
 
     def log(self, metrics: dict[str, float], infos: list[dict[str, float]]):
         means = {k: sum(info[k] for info in infos) / len(infos) for k in (infos[0] if infos else ())}

@@ -3,10 +3,12 @@
 A job is (mode, method, arguments of the command line). All in one process group, in turn: to start processes
 takes longer than what they do."""
 
+import dataclasses
 import json
 import sys
 
 import torch
+import torch.distributed.fsdp
 from helpers import launch, toy_task
 
 import common
@@ -16,6 +18,7 @@ from plumbing.parallel import Replicated, Sharded
 
 PLAN, CLIP, CLIP_SHARDS, TOTAL = (
     models.plan, Replicated.clip_gradient, Sharded.clip_gradient, Replicated.total)
+SPREAD, POLICY = parallel.spread, torch.distributed.fsdp.MixedPrecisionPolicy
 
 
 def without_room(*inputs) -> tuple[bool, bool]:
@@ -43,6 +46,16 @@ def one_share(model: Replicated, values):
     return values if isinstance(values, torch.Tensor) else TOTAL(model, values)
 
 
+def in_bf16(model: common.Denoiser, *inputs) -> common.Denoiser:
+    """A model whose matrix products are in bf16, as on CUDA."""
+    return SPREAD(dataclasses.replace(model, bf16=True), *inputs)
+
+
+def bf16_policy(**options):
+    """Layers are gathered in bf16, as on CUDA."""
+    return POLICY(**options | {"param_dtype": torch.bfloat16})
+
+
 def main():
     def task(name, **_):
         toy = toy_task([*(f"{'123456789'[:1 + i % 4]}{i}=" for i in range(10))])
@@ -51,7 +64,10 @@ def main():
 
     flags.tiny_task, tasks.find, tasks.load = lambda folder: "toy", lambda name: None, task
     common.LOGITS = 256  # the head in parts, each computed again in backward
-    for mode, method, argv in json.loads(sys.argv[1]):
+    for name, method, argv in json.loads(sys.argv[1]):
+        bf16, mode = name.endswith(", bf16"), name.removesuffix(", bf16")
+        parallel.spread = in_bf16 if bf16 else SPREAD
+        torch.distributed.fsdp.MixedPrecisionPolicy = bf16_policy if bf16 else POLICY
         models.plan = without_room if mode == "in step" else PLAN
         Replicated.clip_gradient = averaged if mode == "averaged" else CLIP
         Sharded.clip_gradient = not_finite if mode == "not finite" else CLIP_SHARDS

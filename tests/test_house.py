@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +100,13 @@ def test_no_circle(folder):
     assert without_circle(graph)
     first, second = list(graph)[:2]
     assert not without_circle(graph | {first: {second}, second: {first}})
+
+
+def test_the_gpu_is_hidden_from_the_tests():
+    """Before torch is imported, and from the processes that tests start; test_cuda.py alone may ask for it."""
+    assert os.environ.get("TEST_CUDA") or os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    text = (ROOT / "tests" / "conftest.py").read_text()
+    assert text.index("CUDA_VISIBLE_DEVICES") < text.index("import torch")
 
 
 def test_the_gpu_benchmark_runs():

@@ -1037,8 +1037,8 @@ def test_no_run_takes_more_memory_than_predicted(method, head, tmp_path, monkeyp
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("width", [32, 512])
 def test_predicted_logits_are_an_upper_estimate_and_no_fantasy(tied, chunks, width, monkeypatch):
-    """A forward of the whole budget, after another one has left its gradients; and the larger of two
-    rollouts, sampled and greedy."""
+    """A forward of the whole budget, after another one has left its gradients; and the largest of three
+    rollouts: sampled, sampled with guesses that are sampled too, and greedy."""
     V, L, rows = 8000, 64, 8
     for module in (common, models):
         monkeypatch.setattr(module, "LOGITS", V * (rows * L + 8) // chunks)
@@ -1060,9 +1060,9 @@ def test_predicted_logits_are_an_upper_estimate_and_no_fantasy(tied, chunks, wid
 
     update()
     scored = peak(update)
-    rollouts = [peak(lambda t=t: common.denoise(
+    rollouts = [peak(lambda t=t, guess=guess: common.denoise(
         model, prompt, prompt >= 0, [common.generator("cpu", 0)] * (t > 0), L=L, S=8, block=16,
-        temperature=t)) for t in (0.7, 0.0)]
+        temperature=t, guess=guess)) for t, guess in ((0.7, None), (0.7, "sampled"), (0.0, None))]
     predicted = parts["activations"] + parts["logits"]
     assert max(scored, *rollouts) <= predicted <= 1.6 * max(scored, *rollouts)
 
@@ -1100,7 +1100,7 @@ def test_a_gpu_is_not_planned_to_the_brim(planned, monkeypatch):
     said, parts = planned("cuda")
     assert parts["reserve"] >= 0.5 + 0.1 * parts["logits"] and "reserve: " in said and "NCCL" not in said
     monkeypatch.setattr(models.parallel, "world", lambda: 2)
-    monkeypatch.setattr(models.parallel, "summed", lambda value, op: value)
+    monkeypatch.setattr(models.parallel, "total", lambda value, op: value)
     both, shared = planned("cuda")
     assert shared["reserve"] == pytest.approx(parts["reserve"] + 1, abs=0.11) and "NCCL" in both
     need = float(re.search(r"predicted peak: ([\d.]+)", both)[1])

@@ -1,5 +1,7 @@
 """Several processes compute what one does: the same weights, metrics and answers, whatever is shared out."""
 
+import contextlib
+import importlib
 import json
 import math
 import os
@@ -15,10 +17,16 @@ from types import SimpleNamespace
 import checkpoints
 import pytest
 import torch
-from helpers import LLADA_8B, ROOT, complete_lines, lines, settings, sharp_model
+from helpers import (LLADA_8B, METHODS, ROOT, NotedRun, complete_lines, lines, settings, sharp_model,
+                     toy_task)
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
-from common import Denoiser, micro_batches, score
+import common
+import egspo
+import rldf
+import wd1
+from common import Denoiser, denoise, encode, generator, group_noise, micro_batches, score
 from plumbing import models, parallel
 
 # 5 groups of 3 rows and 7 held-out rows: neither two nor three divide them. Padding, EOS, two blocks.
@@ -34,6 +42,8 @@ CASES = {
     "baselines.espo": ("modernbert", "--beta 0.1 --passes 2 --minibatches 5"),
     "baselines.just_grpo": ("modernbert", "--beta 0.1 --minibatches 5"),
 }
+# Not ModernBERT: its LayerNorm takes no bf16 weights under autocast on a CPU, as it does on CUDA.
+BF16 = [("whole, bf16", "wd1"), ("in step, bf16", "gdsd")]
 NODES = {2: ["replicated", "whole"], 3: ["replicated", "in step"]}
 
 
@@ -63,6 +73,9 @@ def done(tmp_path_factory) -> Path:
                 (mode, method, [*argv, "--out", str(out / f"{mode}-{method}-{count}")]) for mode in modes)
     for mode, method in (("averaged", "egspo"), ("own scores", "gdsd"), ("not finite", "wd1")):
         by_count[2] += [(mode, method, [*alone[list(CASES).index(method)][2][:-1], str(out / f"{mode}-2")])]
+    for mode, method in BF16:
+        argv = alone[list(CASES).index(method)][2][:-1]
+        by_count[2].append((mode, method, [*argv, str(out / f"{mode}-{method}-2")]))
     half = [*alone[0][2][:-2], "--updates", "2"]  # EGSPO, to be resumed by one process and by three
     ranks([*alone, ("alone", "egspo", [*half, "--out", str(out / "half-1")])])
     by_count[2].append(("whole", "egspo", [*half, "--out", str(out / "half-2")]))
@@ -121,6 +134,21 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(done):
     assert one_less["skipped"] == 1 and one_less["optimizer_steps"] == all_made["optimizer_steps"] - 1
 
 
+@pytest.mark.parametrize("mode, method", BF16)
+def test_shards_in_bf16_train(mode, method, done):
+    """As on CUDA. Rollouts are others then, so only what every run must show can be compared."""
+    made, alone = done / f"{mode}-{method}-2", done / f"alone-{method}-1"
+    steps, expected = (lines(out)[-2] for out in (made, alone))
+    assert steps["update"] == 3 and steps["skipped"] == 0 and steps["optimizer_steps"] > 0
+    assert lines(made)[0].keys() == lines(alone)[0].keys() and steps.keys() == expected.keys()
+    start, end, fp32 = (load_file(folder / "model.safetensors")
+                        for folder in (done / CASES[method][0], made / "model", alone / "model"))
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in end.values())
+    moved = {name: (end[name] - start[name]).abs().max() for name in end.keys() & start.keys()}
+    assert max(moved.values()) > 2e-4
+    assert any((end[name] != fp32[name]).any() for name in end)  # it was bf16
+
+
 @pytest.mark.parametrize("resumed", ["two-one", "two-three", "one-three"])
 def test_a_checkpoint_does_not_depend_on_the_number_of_processes(resumed, done):
     same_run(done / "alone-egspo-1", done / resumed)
@@ -176,6 +204,114 @@ def test_an_error_of_all_ranks_is_told_by_rank_0(monkeypatch, capsys):
             parallel.refuse("no")
         assert stopped.value.code == 2 and capsys.readouterr().err == "error: no\n"
     assert slept == [(5, "")]  # rank 1: long enough for torchrun to end it, and before it says anything
+
+
+# ------------------------------------------------------------------------------------- where it runs
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch, capsys):
+    """A driver too old for torch's CUDA: torch says nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(parallel, "Path", lambda name: SimpleNamespace(exists=lambda: name == "/dev/nvidia0"))
+    assert parallel.start().type == "cpu"
+    said = capsys.readouterr().err
+    assert "driver" in said and "training on the CPU" in said and said.count("\n") == 1
+    monkeypatch.setattr(parallel, "Path", lambda name: SimpleNamespace(exists=lambda: False))
+    assert parallel.start().type == "cpu" and capsys.readouterr().err == ""
+
+
+def test_on_cuda_attention_is_not_cudnns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert parallel.start() == torch.device("cuda") and not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_gpus_of_two_kinds_are_refused(monkeypatch, capsys):
+    """Every process draws masks and steps for itself, and draws depend on the card."""
+    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)
+    for name, value in dict(is_available=True, device_count=1, set_device=None,
+                            get_device_name="NVIDIA A100").items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(parallel, "gather", lambda items: [*items, "NVIDIA H200"])
+    with pytest.raises(SystemExit) as stopped:
+        parallel.start()
+    assert stopped.value.code == 2
+    assert "NVIDIA A100, NVIDIA H200" in capsys.readouterr().err
+    monkeypatch.setattr(parallel, "gather", lambda items: items * 2)
+    assert parallel.start() == torch.device("cuda", 0)
+
+
+class OtherTies(TorchFunctionMode):
+    """Where torch promises no order among equals, they come in the opposite one."""
+
+    def __torch_function__(self, function, types, inputs=(), options=None):
+        options = options or {}
+        if function not in (torch.Tensor.topk, torch.Tensor.argsort) or options.get("stable"):
+            return function(*inputs, **options)
+        x, *rest = inputs
+        dim = options.get("dim", rest[0] if rest and function is torch.Tensor.argsort else -1)
+        found, last = function(x.flip(dim), *rest, **options), x.shape[dim] - 1
+        if function is torch.Tensor.argsort:
+            return last - found
+        return SimpleNamespace(values=found.values, indices=last - found.indices)
+
+
+@pytest.mark.parametrize("method, flags", [*((method, {}) for method in METHODS),
+                                           ("wd1", {"plusplus": True})])
+def test_no_decision_hangs_on_an_order_among_equals(method, flags):
+    """Every process decides for itself what is scored: had two chosen differently among equal entropies, they
+    would wait for each other forever."""
+    module = importlib.import_module(method)
+    own = {"K": 2} if hasattr(module.Args, "K") else {}
+    args = module.Args(prompts=2, G=4, L=8, S=4, block=8, minibatches=1, **own, **flags)
+    found = []
+    for context in (contextlib.nullcontext(), OtherTies()):
+        model, run = sharp_model(), NotedRun(1)
+        with torch.no_grad():
+            for p in model.network.parameters():
+                p.mul_(p.dim() < 2)  # every position has the same distribution, so all entropies are equal
+        with context:
+            module.train(args, model, toy_task(), run)
+        found.append((run.logged, [step.gradient.tolist() for step in run.steps]))
+    assert found[0] == found[1] and any(map(any, found[0][1]))
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor in which nothing that is decided may be added in any order; .cpu() gives a plain one."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, inputs=(), options=None):
+        if function is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return inputs[0].as_subclass(torch.Tensor)
+        in_any_order = ("scatter_add", "scatter_add_", "scatter_reduce", "index_add", "cumsum", "bincount")
+        assert not (function.__name__ in in_any_order and inputs[0].is_floating_point()), function
+        return super().__torch_function__(function, types, inputs, options or {})
+
+
+def of_rows(roll: common.Rollout):
+    """What the methods decide of a rollout."""
+    noise = group_noise([generator("cpu", 3)], len(roll.logp), (3, roll.S)).as_subclass(type(roll.logp))
+    return [*egspo.select_steps(roll, 2, None), *egspo.draw_steps(roll, noise[:, 0, :2]),
+            rldf.draw_steps(*rldf.step_surprise(roll), 2, 1.0, noise), *wd1.draw_steps(roll, 2, noise[:, 0])]
+
+
+def test_no_decision_hangs_on_an_order_of_adding(monkeypatch):
+    """CUDA adds floats in any order where a scatter or a cumulated sum does it."""
+    model = sharp_model(eos=2.0)
+    prompt, prompt_mask = encode(model, ["1=", "23="])
+    roll = denoise(model, prompt, prompt_mask, [generator("cpu", 0)], L=8, S=4, block=8)
+    expected, real = of_rows(roll), common.per_step
+    for module in (egspo, rldf, wd1):
+        monkeypatch.setattr(module, "per_step", lambda *inputs: real(*inputs).as_subclass(OnAGpu))
+    found = of_rows(roll.each(lambda tensor: tensor.as_subclass(OnAGpu)))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.cpu(), other)
+    with pytest.raises(AssertionError):
+        roll.logp.as_subclass(OnAGpu).cumsum(1)
 
 
 # ------------------------------------------------------------------------------------------------ the shares
