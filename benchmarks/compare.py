@@ -50,9 +50,9 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; o
     "wd1": ["--positive_only"], "wd1++": ["--positive_only"],
     "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
 }
-LONG = {  # ten times the default updates, three seeds on one base
-    "EGSPO-SA": 3200, "RLDF": 1600, "wd1": 2100, "wd1++": 2000, "GDSD": 200, "diffu-GRPO": 1500, "ESPO": 260,
-    "JustGRPO": 480}
+LONG = {  # ten times the default updates (wd1++ twenty), on one base
+    "EGSPO-SA": 1600, "RLDF": 800, "wd1": 850, "wd1++": 2000, "GDSD": 200, "diffu-GRPO": 600, "ESPO": 120,
+    "JustGRPO": 200}
 WHEN = {  # which to take when, for the README
     "EGSPO": "", "EGSPO-SA": "", "RLDF": "", "wd1": "", "wd1++": "", "GDSD": "", "GDSD-TLC": "",
     "diffu-GRPO": "", "ESPO": "", "JustGRPO": "",
