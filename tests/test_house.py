@@ -103,7 +103,7 @@ def test_no_circle(folder):
 
 
 def test_the_gpu_is_hidden_from_the_tests():
-    """Before torch is imported, and from the processes that tests start; test_cuda.py alone may ask for it."""
+    """Before torch is imported, and from processes that tests start; test_cuda.py alone may ask for it."""
     assert os.environ.get("TEST_CUDA") or os.environ["CUDA_VISIBLE_DEVICES"] == ""
     text = (ROOT / "tests" / "conftest.py").read_text()
     assert text.index("CUDA_VISIBLE_DEVICES") < text.index("import torch")
