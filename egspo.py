@@ -165,9 +165,7 @@ def stepwise_advantage(
     return (advantage(reward[:, None], taken[:, :1], G) - lam / (1 + lam) * guess_adv) * taken
 
 
-def step_logp(
-    model: Denoiser, x: Tensor, roll: Rollout, s: Tensor, temperature: float
-) -> Tensor:
+def step_logp(model: Denoiser, x: Tensor, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
     """l(b, s) (M,): log p of what step s (M,) of rows `roll` revealed, on the canvas x (M, P+L) before it."""
     revealed = roll.revealed_at == s[:, None]  # (M, L)
     return score(model, x, roll.prompt_mask, roll.completion, revealed, temperature).sum(1)

@@ -103,9 +103,7 @@ def draw_steps(w: Tensor, candidates: Tensor, K: int, tau: float, noise: Tensor)
     return torch.where(enough, first, again)
 
 
-def canvas_logp(
-    model: Denoiser, x: Tensor, roll: Rollout, hidden: Tensor, temperature: float
-) -> Tensor:
+def canvas_logp(model: Denoiser, x: Tensor, roll: Rollout, hidden: Tensor, temperature: float) -> Tensor:
     """log p (M, L) of the valid tokens of rows `roll` that are hidden (M, L) on canvases x (M, P+L)."""
     return score(model, x, roll.prompt_mask, roll.completion, hidden & roll.valid, temperature)
 

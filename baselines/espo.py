@@ -87,9 +87,7 @@ def antithetic_masks(valid: Tensor, noise: Tensor) -> Tensor:
     return chosen & valid[:, None]
 
 
-def elbo(
-    model: Denoiser, x: Tensor, roll: Rollout, scored: Tensor, temperature: float
-) -> Tensor:
+def elbo(model: Denoiser, x: Tensor, roll: Rollout, scored: Tensor, temperature: float) -> Tensor:
     """E (M,) of rows `roll`: the mean of (n + 1) / l sum log p over K canvases x (M, K, P+L), each of which
     scores the tokens `scored` (M, K, L)."""
     M, K, _ = scored.shape
