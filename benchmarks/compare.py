@@ -8,6 +8,7 @@ python benchmarks/compare.py            all runs that are missing; --study main 
 python benchmarks/compare.py --report   the tables of README.md and results/README.md, and the figures
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import tables  # noqa: E402
-from plumbing.parallel import refuse  # noqa: E402
+from plumbing.parallel import one_line, refuse  # noqa: E402
 from plumbing.pretrain import TINY  # noqa: E402
 from plumbing.report import plot_methods  # noqa: E402
 from plumbing.run import git_commit  # noqa: E402
@@ -118,8 +119,13 @@ def digest(base: Path) -> str:
 
 def finished() -> dict[str, dict]:
     """The line of every finished run from the kept bases, by its command."""
-    lines = RUNS.read_text().splitlines() if RUNS.exists() else []
-    rows = {row["command"]: row for row in map(json.loads, lines)}
+    rows = {}
+    for number, line in enumerate(RUNS.read_text().splitlines() if RUNS.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            rows[row["command"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            refuse(f"{RUNS}, line {number} is not of a run: {one_line(error)}")
     digests = {base: digest(base) for base in set(map(base_of, rows)) if base.is_dir()}
     return {command: row for command, row in rows.items() if row["base"] == digests.get(base_of(command))}
 
@@ -129,8 +135,10 @@ def run_folder(command: str) -> Path:
 
 
 def execute(command: str) -> dict:
-    """Make a run, or go on with it, and return its line. RuntimeError if it fails."""
+    """Make a run, or go on with it; returns its line. RuntimeError if it fails or another process makes it."""
     out = run_folder(command)
+    if out.is_dir() and at_work(out):
+        raise RuntimeError(f"another process is at work in {out}")
     if not (out / "state.pt").exists():
         shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +150,18 @@ def execute(command: str) -> dict:
     if done.returncode:
         raise RuntimeError(f"python {command}: exit status {done.returncode}, see {out}.log")
     return line_of(command, out)
+
+
+def at_work(out: Path) -> bool:
+    """Whether a process holds this run folder, as a run does from its start, before it has a checkpoint."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
 
 
 def line_of(command: str, out: Path) -> dict:

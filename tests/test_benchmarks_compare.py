@@ -1,6 +1,8 @@
 """benchmarks/compare.py: runs are made once and go on, and no number in a README is typed by hand."""
 
+import fcntl
 import json
+import os
 import re
 
 import numpy as np
@@ -72,6 +74,28 @@ def test_a_run_is_made_once_and_a_stopped_one_goes_on(folder, capsys):
     assert np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8)).tolist() == [1, 0] * 8
     compare.RUNS.write_text(compare.RUNS.read_text().replace(base, "another"))
     assert compare.finished() == {}  # runs from weights that are not kept any more
+
+
+def test_a_run_of_another_process_is_left_alone(folder):
+    out = compare.run_folder(SECOND)
+    out.mkdir(parents=True)
+    (out / "metrics.jsonl").touch()  # no checkpoint yet
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(RuntimeError, match="another process is at work"):
+        compare.execute(SECOND)
+    assert (out / "metrics.jsonl").exists()
+    os.close(held)
+    compare.execute(SECOND)
+    assert not (out / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"base": "x"}'])
+def test_a_bad_line_is_refused_in_one_line(line, folder, capsys):
+    compare.RUNS.write_text(line + "\n")
+    with pytest.raises(SystemExit) as stopped:
+        compare.finished()
+    assert stopped.value.code == 2 and "line 1 is not of a run" in capsys.readouterr().err
 
 
 def test_a_study_makes_one_of_everything_before_the_next_of_anything():
