@@ -135,7 +135,8 @@ def run_folder(command: str) -> Path:
 
 
 def execute(command: str) -> dict:
-    """Make a run, or go on with it; returns its line. RuntimeError if it fails or another process makes it."""
+    """Make a run, or go on with it, and return its line. RuntimeError if it fails, or if another process is
+    making it."""
     out = run_folder(command)
     if out.is_dir() and at_work(out):
         raise RuntimeError(f"another process is at work in {out}")
