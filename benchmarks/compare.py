@@ -238,7 +238,8 @@ def every_table() -> dict[str, str]:
     tuned = lines("tuning.jsonl")
     changed = [(method, change, runs_of(there, method, "sudoku", change))
                for method, changes in ABLATIONS.items() for change in ["", *changes]]
-    changed = [line for line in changed if line[2]]
+    varied = {method for method, change, runs in changed if change and runs}  # with something to compare
+    changed = [line for line in changed if line[2] and line[0] in varied]
     long = [there[c] for seed in (1, 2, 3) for method in LONG
             if (c := command_of(method, "sudoku", 0, seed, long_change(method))) in there]
     return {

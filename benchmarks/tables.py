@@ -114,7 +114,7 @@ def seeds_line(runs: dict[str, dict[str, list[list[dict]]]]) -> str:
         return "No runs yet."
 
     def told(count: tuple[int, ...]) -> str:
-        return f"{len(count)} base{'s' * (len(count) > 1)}, {sum(count)} runs"
+        return f"{len(count)} base{'s' * (len(count) > 1)}, {sum(count)} run{'s' * (sum(count) > 1)}"
 
     usual, others = statistics.mode(counts.values()), {}
     for (task, method), count in counts.items():
