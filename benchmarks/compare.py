@@ -55,8 +55,11 @@ LONG = {  # ten times the default updates (wd1++ twenty), on one base
     "EGSPO-SA": 1600, "RLDF": 800, "wd1": 850, "wd1++": 2000, "GDSD": 200, "diffu-GRPO": 600, "ESPO": 120,
     "JustGRPO": 200}
 WHEN = {  # which to take when, for the README
-    "EGSPO": "", "EGSPO-SA": "", "RLDF": "", "wd1": "", "wd1++": "", "GDSD": "", "GDSD-TLC": "",
-    "diffu-GRPO": "", "ESPO": "", "JustGRPO": "",
+    "EGSPO": "if guesses cannot be rewarded", "EGSPO-SA": "first", "RLDF": "to decode adaptively",
+    "wd1": "for the cheapest update", "wd1++": "for the quickest start; no ratio, no clip",
+    "GDSD": "to see regression in place of policy gradients", "GDSD-TLC": "rather than GDSD on Sudoku",
+    "diffu-GRPO": "as a baseline: d1", "ESPO": "as a baseline: sequence-level ratio",
+    "JustGRPO": "as a baseline: left to right",
 }
 PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
     "sudoku": {"before": "6.7", "EGSPO": "93.6", "EGSPO-SA": "94.3", "wd1": "76.4", "GDSD": "89.8",

@@ -168,6 +168,9 @@ def evaluate(
         means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
         metrics |= {f"{kind}_{name}": values.double().mean().item() for name, values in means.items()}
         metrics[f"{kind}_nfe_per_row"] = forwards / len(task.test)
+    metrics["eval_rows"] = len(task.test)  # so that only what can be compared is
+    if adaptive:
+        metrics["eval_threshold"] = settings.eval_threshold
     return metrics, answers, shown
 
 
@@ -493,9 +496,6 @@ class FolderRun(Run):
         if self.update == 0 and self.writes:
             with self.writing("before.pt"):  # for trace.html, also of a resumed run
                 write_whole(self.out / "before.pt", lambda file: torch.save(self.shown, file))
-        metrics["eval_rows"] = len(self.task.test)  # to compare only what can be compared
-        if adaptive:
-            metrics["eval_threshold"] = self.settings.eval_threshold
         self.write(metrics)
         self.accuracy = metrics["eval_accuracy"]
         tqdm.write(f"update {self.update}: {self.accuracy:.1%} of the held-out rows correct")

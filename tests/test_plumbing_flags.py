@@ -57,9 +57,9 @@ def test_wd1_plus_plus_starts_from_settings_of_its_own(tmp_path, monkeypatch):
         raise LookupError
 
     monkeypatch.setattr(run, "parse_args", parse_and_stop)
-    sudoku, countdown, _ = module.PLUSPLUS
+    sudoku, countdown, llm = module.PLUSPLUS
     cases = {"--task sudoku": sudoku, "--task countdown": countdown,
-             "--model someone/some-hub-id --task gsm8k": module.LLM | {"passes": 1}, "--lr 1": {"lr": 1.0}}
+             "--model someone/some-hub-id --task gsm8k": llm, "--lr 1": {"lr": 1.0}}
     cases = {f"--plusplus {flags}": changed | {"plusplus": True} for flags, changed in cases.items()}
     for flags, changed in (cases | {"": {"passes": 8, "plusplus": False}}).items():
         monkeypatch.setattr(sys, "argv", ["wd1.py", *flags.split()])
