@@ -25,9 +25,9 @@ because the square stops at its target; the authors' code stops its passes by on
 beta translate into ours, and all other differences from their code, each with its commit, are in
 results/README.md. Differences from the paper: several minibatches; small-batch defaults for the tiny model.
 
-python gdsd.py                         4x4 Sudoku, GDSD_SUDOKU
-python gdsd.py --task countdown        expressions, GDSD_COUNTDOWN
-python gdsd.py --match tlc             centred raw logits
+python gdsd.py                         4x4 Sudoku, 26 to 47 % of the held-out boards solved, in 100 s
+python gdsd.py --task countdown        expressions, 18 to 37 %
+python gdsd.py --match tlc             centred raw logits: 26 to 70 %
 """
 
 import math
