@@ -555,8 +555,10 @@ def test_minutes_are_a_limit_and_resume_goes_on(base, tmp_path, capfd):
 
 
 def start(*argv, **environment) -> subprocess.Popen:
+    """As from a terminal: the tests themselves may run under nohup, which children inherit."""
     return subprocess.Popen(command(*argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | environment)
+                            env=os.environ | environment,
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
 
 
 def wait_for_update(out: Path, step: int, process: subprocess.Popen):
