@@ -79,7 +79,7 @@ def test_two_files_are_enough_and_do_what_the_plumbing_does(method, tmp_path, mo
     done = subprocess.run(command, cwd=here, env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = [dict(re.findall(r"(\w+) ([^ :]+)", line)) for line in done.stdout.splitlines()]
-    assert [int(line["update"]) for line in printed] == [0, 1, 2]
+    assert [int(line["update"]) for line in printed] == [1, 2, 3]
 
     ours = {}
     exec(PROJECT, ours)

@@ -301,7 +301,7 @@ def test_only_tokens_of_the_tokenizer_are_sampled(case):
         assert set(model.excluded) == set(range(model.V)) - tokens and model.excluded
         prompt = X[:1].expand(8, -1)
         roll = common.denoise(
-            model, prompt, prompt >= 0, [common.generator("cpu", 0)], L=64, S=64, block=64, guess=True)
+            model, prompt, prompt >= 0, [common.generator("cpu", 0)], L=64, S=64, block=64, guess="sampled")
         for found in (roll.completion, roll.guess):
             assert set(found.unique().tolist()) <= tokens - {model.mask_id}
         assert roll.logp.isfinite().all() and roll.entropy.isfinite().all()
@@ -467,8 +467,9 @@ def test_recorded_and_scored_log_probs_agree_in_bf16(layout, tmp_path, monkeypat
         """Log-probs of these rows of the rollout, step by step: (R, L)."""
         some, total = roll[rows], 0
         for s in range(8):
-            x = common.canvas(some, some.step >= s)
-            total = total + common.score(model, x, some.prompt_mask, some.completion, some.step == s, 1.0)
+            x = common.canvas(some, some.revealed_at >= s)
+            shown = some.revealed_at == s
+            total = total + common.score(model, x, some.prompt_mask, some.completion, shown, 1.0)
         return total
 
     gens = [common.generator("cpu", i) for i in range(2)]

@@ -186,7 +186,7 @@ def test_another_file_is_refused_and_so_is_none(own, capfd):
 def test_a_tiny_base_that_was_made_anew_is_refused(base, tmp_path, monkeypatch, capfd):
     folder_of_base = tmp_path / "base"
     shutil.copytree(base, folder_of_base)
-    monkeypatch.setattr(pretrain, "base_folder", lambda settings: folder_of_base)
+    monkeypatch.setattr(pretrain, "kept_base", lambda task: folder_of_base)
     launch(*SMALL, "--updates", 1, "--out", tmp_path / "run")
     append(folder_of_base / "model.safetensors")
     assert "--model" in refused(capfd, "--resume", tmp_path / "run", "--updates", 2)
@@ -250,7 +250,6 @@ def test_a_prompt_without_tokens_is_told(base, capfd):
 
 def test_a_wrong_path_is_told_before_the_model_is_loaded(base, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(pretrain, "base_folder", lambda *_: pytest.fail("built"))
     (tmp_path / "bad.jsonl").write_text('{"puzzle": ')
     (tmp_path / "dir.jsonl").mkdir()
     for name in ("nowhere.jsonl", "bad.jsonl", "dir.jsonl", "x" * 300 + ".jsonl", "what.exe"):
@@ -683,8 +682,7 @@ def test_what_torchrun_left_over_is_ignored(left, base, tmp_path, monkeypatch):
         monkeypatch.delenv(key, raising=False)
     for key, value in left.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(pretrain, "base_path", lambda settings: tmp_path / "nowhere")
-    monkeypatch.setattr(pretrain, "base_folder", lambda settings: base)
+    monkeypatch.setattr(pretrain, "kept_base", lambda task: base)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
     launch(*SMALL, "--updates", 0, "--out", tmp_path / "run")
     assert parallel.rank() == 0 and parallel.on_this_machine() == 1

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from test_tasks_real import HUMANEVAL, MBPP, write
 
 import tasks
