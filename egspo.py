@@ -35,7 +35,7 @@ minibatches; small-batch defaults for the tiny model. Without a KL, pairs of adv
 and minibatches without any other make no optimizer step (AdamW would go on by momentum and decay).
 Differences from the authors' code, each with its commit, are in results/README.md.
 
-python egspo.py                        4x4 Sudoku, 26 to 95 % of the held-out boards solved, in a minute
+python egspo.py                        4x4 Sudoku, 26 to 95 % of the held-out boards, in under a minute
 python egspo.py --task countdown       expressions, 18 to 52 %, in a minute
 python egspo.py --lam 0                EGSPO without the stepwise advantage
 python egspo.py --order top_prob       the order for which the theorem holds
