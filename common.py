@@ -649,6 +649,12 @@ def value_of(node: ast.expr) -> Fraction:
 # ------------------------------------------------------------------------------------------------------ 6 run
 
 
+def step_means(infos: list[dict[str, float]]) -> dict[str, float]:
+    """The means over the optimizer steps of an update; zeros if nothing could move a weight."""
+    infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]
+    return {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
+
+
 class Run:
     """The loop around a method: its updates, the optimizer's steps, and a line about each update.
 
@@ -681,6 +687,5 @@ class Run:
 
     def log(self, metrics: dict[str, float], infos: list[dict[str, float]]):
         """Print a line: metrics of its rollout, and the means of infos, one for each optimizer step."""
-        infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]  # nothing could move a weight
-        means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
-        print(f"update {self.update + 1}:", *(f"{k} {v:.4g}" for k, v in (metrics | means).items()))
+        metrics = metrics | step_means(infos)
+        print(f"update {self.update + 1}:", *(f"{k} {v:.4g}" for k, v in metrics.items()))

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import tasks
-from common import Denoiser, Run, Task, attention, chat_prompt, encode, reward_rows, roll_out
+from common import Denoiser, Run, Task, attention, chat_prompt, encode, reward_rows, roll_out, step_means
 from plumbing import parallel
 from plumbing.flags import parse_args, reads_data
 from plumbing.folder import fingerprint, load_checked, read_lines, write_through, write_whole
@@ -527,13 +527,11 @@ class FolderRun(Run):
         self.counters["seconds"] = time.perf_counter() - self.started
         seconds = {k: spent[k] for k in ("seconds_rollout", "seconds_reward")}
         seconds["seconds_update"] = time.perf_counter() - self.update_began - sum(seconds.values())
-        infos = infos or [{"loss": 0.0, "grad_norm": 0.0}]  # nothing could move a weight
-        means = {k: sum(info[k] for info in infos) / len(infos) for k in infos[0]}
         tokens = metrics["length"] * self.settings.prompts * self.settings.G
         speed = {"tokens_per_second": tokens / seconds["seconds_rollout"]}
         peak = torch.cuda.max_memory_allocated() if self.model.device.type == "cuda" else 0
         memory = {"peak_memory_gib": peak / 2**30}
-        self.write(metrics | means | self.counters | seconds | speed | memory)
+        self.write(metrics | step_means(infos) | self.counters | seconds | speed | memory)
         release_memory()
         self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {self.counters['skipped']} skipped")
         self.bar.update()
