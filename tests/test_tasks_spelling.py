@@ -198,13 +198,13 @@ def test_no_text_takes_long_to_read(name):
     some += [gen.choices(FRAGMENTS, k=gen.randrange(3, 6)) for _ in range(200)]
     for parts in some:
         text = ("".join(parts) * size)[:size]
-        for last in (True, True, False):
+        for tries_left in reversed(range(10)):  # a busy machine takes longer, but not ten times running
             start = time.process_time()
             read(text)
             spent = 1000 * (time.process_time() - start) / (size / 100)
             if spent <= 1:
                 break
-            assert last, (name, parts, spent)
+            assert tries_left, (name, parts, spent)
 
 
 def test_the_text_that_hung():
