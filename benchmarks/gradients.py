@@ -3,11 +3,11 @@
 Denoisers of 3 tokens, 3 positions and 3 steps, random logits of standard deviation 1: "own", of each state,
 or "shared", sums over positions (tabular.py). Rewards: uniform in [0, 1] for each of the 27 completions.
 No Monte Carlo: the sampler is led down every path, groups of 4 are all multisets of completions, random steps
-and masks are summed over. All at theta_old, where ratios are 1, by the methods' own functions, settings and
-sampling (RLDF's has threshold 0.9, JustGRPO's blocks of one token), against the exact gradient of E[R] under
-that sampling. Simplified: RLDF draws one step or mask for a row, its normaliser a constant as in a large
-batch; wd1++ has greedy completions; GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO
-and wd1 could hide some.
+and masks are summed over. (Only wd1++ with a sampled y has too many groups: 65,536 of them are drawn.) All at
+theta_old, where ratios are 1, by the methods' own functions, settings and sampling (RLDF's has threshold 0.9,
+JustGRPO's blocks of one token), against the exact gradient of E[R] under that sampling. Simplified: RLDF
+draws one step or mask for a row, its normaliser a constant as in a large batch; GDSD and ESPO draw one mask
+pair; there is no prompt, of which diffu-GRPO and wd1 could hide some.
 
     cosine    of the angle between expected update u and gradient g: mean and lowest over the models
     bias      |u - a g| / |a g| with the best a: the tangent of the angle, median
@@ -15,7 +15,7 @@ and wd1 could hide some.
               and update (GDSD's old scores are its new ones here): the forwards after which the average of
               updates is as much noise as signal, median
 
-python benchmarks/gradients.py        two minutes; results/gradients.jsonl and gradients.png
+python benchmarks/gradients.py        some minutes; results/gradients.jsonl and gradients.png
 """
 
 import functools
@@ -39,7 +39,7 @@ import wd1  # noqa: E402
 from baselines import diffu_grpo, espo, just_grpo  # noqa: E402
 from benchmarks import figures  # noqa: E402
 from benchmarks.tabular import STATE, L, S, V, every_rollout, random_model  # noqa: E402
-from common import canvas, generator  # noqa: E402
+from common import canvas, generator, score  # noqa: E402
 
 G, N, MODELS = 4, V**L, 24  # samples in a group, completions, models of each kind
 ANSWER = V ** torch.arange(L)  # completion @ ANSWER is its number
@@ -93,18 +93,25 @@ def rldf_update(model, roll, draw, value, select="surprise", masks="sequential",
         lambda at, o: rldf.token_loss(at, None, rldf.advantage(reward[o], G), 0.2))
 
 
-def wd1_update(model, roll, draw, value, K=1, positive_only=False):
+def wd1_update(model, roll, draw, value, K=1, positive_only=False, y_sampled=False):
     steps = torch.arange(K).expand(len(draw), K)  # wd1: before step 0 all is hidden
-    y = wd1.clean_predictions(roll, steps) if K == S else roll.completion[:, None]
+    y = wd1.clean_predictions(roll, steps) if K == S else roll.completion[:, None]  # greedy y
     hidden = roll.revealed_at[:, None] >= steps[..., None]
     x = canvas(roll, hidden)
+    share = torch.ones(len(draw), dtype=torch.float64)
+    if K == S and y_sampled:  # draw is a number of 3 digits: the tokens of y that a later step reveals
+        free = roll.revealed_at[:, None] > steps[..., None]  # (O, S, L): two before step 0, one before step 1
+        y = roll.completion[:, None].expand(-1, S, -1).masked_scatter(free, draw[:, None] // ANSWER % V)
+        for k in range(S):
+            logp = score(model, x[:, k], roll.prompt_mask, y[:, k], free[:, k], 1.0)
+            share = share * logp.detach().sum(1).exp()
     logp = [wd1.one_step_logp(model, x[:, k], roll.prompt_mask, y[:, k], 1.0) for k in range(K)]
 
     def loss(at, o):
         reward = value[y[o] @ ANSWER].view(-1, G * K)
         return wd1.group_weights(reward, reward > -1, 1.0, positive_only).view(at.shape) * at
 
-    return torch.ones(len(draw)), torch.stack(logp, 1), hidden, loss
+    return share, torch.stack(logp, 1), hidden, loss
 
 
 def mask_noise(draw):
@@ -165,7 +172,8 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "RLDF, uniform": (THRESHOLD, rldf_update, S, dict(select="uniform")),
     "RLDF, p_min 0": (THRESHOLD, rldf_update, S, dict(p_min=0.0)),
     "RLDF, random masks": (THRESHOLD, rldf_update, 8, dict(masks="random")),
-    "wd1++": (TOP_PROB, wd1_update, 1, dict(K=S)),
+    "wd1++": (TOP_PROB, wd1_update, V**3, dict(K=S, y_sampled=True)),
+    "wd1++, y greedy": (TOP_PROB, wd1_update, 1, dict(K=S)),
     "wd1": (TOP_PROB, wd1_update, 1, {}),
     "wd1, positive only": (TOP_PROB, wd1_update, 1, dict(positive_only=True)),
     "GDSD": (TOP_PROB, gdsd_update, 24, dict(match="logp")),
@@ -203,6 +211,25 @@ def moments(completion, p, logp, loss, table) -> tuple[Tensor, Tensor]:
     return mean, weight @ square - mean @ mean
 
 
+def sampled_moments(p, logp, loss, table, groups=2**16) -> tuple[Tensor, Tensor]:
+    """The same for an update whose slopes depend on more than the completion: of so many groups, each row an
+    outcome of its own."""
+    O, D = logp.shape
+    each = torch.eye(O * D, dtype=p.dtype).view(-1, O, D)
+    h = torch.autograd.grad(logp, table, each, is_grads_batched=True)[0].flatten(1)  # (O * D, parameters)
+    gen = generator("cpu", "gradients", "groups")
+    total, square = 0.0, 0.0
+    for _ in range(groups // 2**12):
+        o = p.multinomial(2**12 * G, replacement=True, generator=gen)
+        at = logp.detach()[o].requires_grad_()
+        c = -torch.autograd.grad(loss(at, o).sum(), at)[0].view(-1, G * D)  # what multiplies each gradient
+        place = (o[:, None] * D + torch.arange(D)).view(-1, G * D)
+        u = c.new_zeros(len(c), O * D).scatter_add(1, place, c) @ h  # (2**12, parameters)
+        total, square = total + u.sum(0), square + u.square().sum()
+    mean = total / groups
+    return mean, square / groups - mean @ mean
+
+
 def distinct_canvases(roll, hidden, p) -> Tensor:
     """Expected number in a group, each of whose rows evaluates canvases (O, C, L) with probability p (O,)."""
     q = p[:, None] * hidden.any(2)  # (O, C)
@@ -226,7 +253,10 @@ def measure(kind: str, seed: int, names=VARIANTS) -> dict[str, list[float]]:
         share, logp, hidden, loss = update(model, roll, draw, value, **options)
         p = p * share / share.view(-1, draws).sum(1)[row]
         forwards += distinct_canvases(roll, hidden, p)
-        u, variance = moments(roll.completion @ ANSWER, p, logp, loss, table)
+        if options.get("y_sampled"):
+            u, variance = sampled_moments(p, logp, loss, table)
+        else:
+            u, variance = moments(roll.completion @ ANSWER, p, logp, loss, table)
         best = (u @ g) / (g @ g) * g
         cosine, bias = (u @ g) / u.norm() / g.norm(), (u - best).norm() / best.norm()
         found[name] = torch.stack([cosine, bias, variance / (u @ u) * forwards]).tolist()

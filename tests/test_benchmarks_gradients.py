@@ -43,8 +43,8 @@ def test_every_rollout_is_what_the_sampler_does(order, threshold, block):
 
 
 @pytest.mark.parametrize("name", [
-    "EGSPO-SA, K 2 of 3, rank", "EGSPO, K 2 of 3, uniform", "EGSPO, K 2 of 3, importance", "RLDF", "wd1++",
-    "GDSD-TLC", "GDSD, elbo", "diffu-GRPO", "ESPO", "JustGRPO"])
+    "EGSPO-SA, K 2 of 3, rank", "EGSPO, K 2 of 3, uniform", "EGSPO, K 2 of 3, importance", "RLDF",
+    "wd1++, y greedy", "GDSD-TLC", "GDSD, elbo", "diffu-GRPO", "ESPO", "JustGRPO"])
 def test_moments_against_samples(name, monkeypatch):
     """10,000 groups, each row an outcome of its own. False alarm: |z| > 5 of two numbers, about 1e-6."""
     honest, seen = gradients.moments, []
@@ -67,3 +67,34 @@ def test_moments_against_samples(name, monkeypatch):
     assert abs(along.mean() - mean.norm()) < 5 * along.std() / 100
     square = (u - mean).pow(2).sum(1)
     assert abs(square.mean() - variance) < 5 * square.std() / 100
+
+
+@pytest.mark.parametrize("name", ["EGSPO-SA", "GDSD"])
+def test_moments_of_drawn_groups(name, monkeypatch):
+    """For an update whose moments are known. The mean of 65,536 groups is off by its standard error."""
+    seen = []
+
+    def spy(completion, *args):
+        seen.append(honest(completion, *args) if not seen else gradients.sampled_moments(*args))
+        return seen[-1]
+
+    honest = gradients.moments
+    monkeypatch.setattr(gradients, "moments", spy)
+    for _ in range(2):
+        gradients.measure("shared", 0, [name])
+    (mean, variance), (drawn_mean, drawn_variance) = seen
+    error = (variance / 2**16) ** 0.5
+    assert 0.3 * error < (drawn_mean - mean).norm() < 3 * error  # some dozen numbers: near 1
+    assert abs(drawn_variance / variance - 1) < 0.02
+
+
+def test_a_sampled_y_takes_every_value_with_its_probability():
+    """Of what no step has revealed yet: two tokens before the first step, one before the second."""
+    model = tabular.random_model("own", generator("cpu", 0))
+    roll, p = tabular.every_rollout(model, "top_prob", None)
+    row, draw = torch.cartesian_prod(torch.arange(len(p)), torch.arange(27)).T
+    value = torch.rand(27, generator=generator("cpu", 1), dtype=torch.float64)
+    share, logp, _, _ = gradients.wd1_update(model, roll[row], draw, value, K=3, y_sampled=True)
+    assert (share.view(-1, 27).sum(1) - 1).abs().max() < 1e-12
+    # log pi(y | x) of the first step holds the revealed token's probability beside those of the share.
+    assert len(logp[:27, 0].unique()) == 9 and len(logp[:27, 2].unique()) == 1
