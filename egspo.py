@@ -198,14 +198,14 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
     for update in run.updates(model, optimizer):
         # 1 Roll out: G completions of each prompt.
-        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        drawn = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in drawn for _ in range(args.G)]  # B rows
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
-        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                         temperature=args.temperature, order=args.order,
                         guess="greedy" if args.lam > 0 else None, budget=args.budget)
-        gens = [generator(model.device, args.seed, "select", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "select", update, i) for i in drawn]
         if args.select == "importance":
             steps, taken, weight = draw_steps(roll, group_noise(gens, len(rows), (K,)))  # (B, K)
         else:
@@ -236,8 +236,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
             gen = generator("cpu", args.seed, "pass", update, epoch)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
-                for part in micro_batches(model, batch, x, args.budget):
-                    r, k = part.unbind(1)
+                for micro in micro_batches(model, batch, x, args.budget):
+                    r, k = micro.unbind(1)
                     logp = step_logp(model, x[r, k], roll[r], steps[r, k], args.temperature)  # (M,)
                     loss, was_clipped = policy_loss(logp, logp_old[r, k], adv[r, k], args.eps_lo, args.eps_hi)
                     if reference:

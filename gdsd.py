@@ -159,10 +159,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
     for update in run.updates(model, optimizer):
         # 1 Roll out: G completions of each prompt.
-        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        drawn = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in drawn for _ in range(args.G)]  # B rows
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
-        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                         temperature=args.temperature, budget=args.budget)
 
@@ -173,7 +173,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         adv = advantage(reward, args.G)  # (B,)
 
         # 4 Masks, and the scores under them to move away from and to stay close to.
-        gens = [generator(model.device, args.seed, "masks", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "masks", update, i) for i in drawn]
         hidden = mask_pairs(roll.valid, group_noise(gens, len(rows), (args.num_mc, args.L + 1)))
         x = torch.stack([canvas(roll, half) for half in hidden.unbind(2)], 2)  # (B, num_mc, 2, P+L)
         pairs = torch.ones_like(hidden[:, :, 0, 0]).nonzero()  # (B * num_mc, 2): a row and a mask pair
@@ -181,8 +181,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         c_old = torch.zeros(len(rows), args.num_mc, device=model.device)
         l_ref = torch.zeros_like(c_old)
         with torch.no_grad():
-            for part in micro_batches(model, pairs, x, args.budget):
-                r, j = part.unbind(1)
+            for micro in micro_batches(model, pairs, x, args.budget):
+                r, j = micro.unbind(1)
                 c_old[r, j], _ = pair_score(model, x[r, j], roll[r], hidden[r, j], *how)
                 if reference:
                     _, l_ref[r, j] = pair_score(reference, x[r, j], roll[r], hidden[r, j], *how)
@@ -195,8 +195,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
             gen = generator("cpu", args.seed, "pass", update, epoch)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = {"loss": 0.0}
-                for part in micro_batches(model, batch, x, args.budget):
-                    r, j = part.unbind(1)
+                for micro in micro_batches(model, batch, x, args.budget):
+                    r, j = micro.unbind(1)
                     c, logp = pair_score(model, x[r, j], roll[r], hidden[r, j], *how)
                     c_new[r, j] = c.detach()
                     loss = distillation_loss(c, c_old[r, j], adv[r], args.psi, logp, l_ref[r, j], args.beta)

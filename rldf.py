@@ -146,10 +146,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
     for update in run.updates(model, optimizer):
         # 1 Roll out: G completions of each prompt.
-        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        drawn = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in drawn for _ in range(args.G)]  # B rows
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
-        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                         temperature=args.temperature, order=args.order, threshold=args.threshold or None,
                         budget=args.budget)
@@ -163,13 +163,13 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         # 4 Canvases to learn from: the sampler's states before K steps, or random masks.
         w, candidates = step_surprise(roll)  # (B, S)
         w = w if args.select == "surprise" else torch.zeros_like(w)
-        gens = [generator(model.device, args.seed, "steps", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "steps", update, i) for i in drawn]
         noise = group_noise(gens, len(rows), (1 + args.K, roll.S))
         steps = draw_steps(w, candidates, args.K, args.tau, noise)  # (B, K)
         hidden = roll.revealed_at[:, None] >= steps[..., None]  # (B, K, L)
         revealed = roll.revealed_at[:, None] == steps[..., None]
         if args.masks == "random":  # blocks never denoised stay hidden
-            gens = [generator(model.device, args.seed, "canvas", update, i) for i in ids]
+            gens = [generator(model.device, args.seed, "canvas", update, i) for i in drawn]
             drawn = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
             hidden = drawn & roll.valid[:, None] | (roll.revealed_at == roll.S)[:, None]
             revealed = hidden
@@ -179,8 +179,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         if args.passes > 1:
             logp_old = torch.zeros(hidden.shape, device=model.device, dtype=roll.logp.dtype)  # (B, K, L)
             with torch.no_grad():
-                for part in micro_batches(model, pairs, x, args.budget):
-                    r, k = part.unbind(1)
+                for micro in micro_batches(model, pairs, x, args.budget):
+                    r, k = micro.unbind(1)
                     logp_old[r, k] = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
             logp_old = model.total(logp_old)  # over the processes, if there are several
 
@@ -197,8 +197,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                     continue
                 info = dict.fromkeys(("loss", "kl", "scored_tokens"), 0.0)
                 with torch.no_grad():
-                    for part in micro_batches(model, batch[~moves], x, args.budget):
-                        r, k = part.unbind(1)
+                    for micro in micro_batches(model, batch[~moves], x, args.budget):
+                        r, k = micro.unbind(1)
                         if asks_p:
                             logp = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)
                         else:  # with p_min 0 any probability will do
@@ -206,8 +206,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                         m = clean_state_mask(logp.exp(), hidden[r, k], roll.valid[r], revealed[r, k],
                                              args.p_min)
                         info["scored_tokens"] += m.sum().item()
-                for part in micro_batches(model, batch[moves], x, args.budget):
-                    r, k = part.unbind(1)
+                for micro in micro_batches(model, batch[moves], x, args.budget):
+                    r, k = micro.unbind(1)
                     logp = canvas_logp(model, x[r, k], roll[r], hidden[r, k], args.temperature)  # (M, L)
                     old = None if logp_old is None else logp_old[r, k]
                     p = (logp.detach() if old is None else old).exp()

@@ -131,10 +131,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
     for update in run.updates(model, optimizer):
         # 1 Roll out: G completions of each prompt.
-        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        drawn = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in drawn for _ in range(args.G)]  # B rows
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
-        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                         temperature=args.temperature, guess=args.y if args.plusplus else None,
                         budget=args.budget)
@@ -142,7 +142,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         # 2 Reward: of the completions, and of the K members of each row (wd1: the completion alone).
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
         if args.plusplus:  # the one-step completions of K states
-            gens = [generator(model.device, args.seed, "steps", update, i) for i in ids]
+            gens = [generator(model.device, args.seed, "steps", update, i) for i in drawn]
             steps, member = draw_steps(roll, args.K, group_noise(gens, len(rows), (args.S,)))  # (B, K)
             hidden = roll.revealed_at[:, None] >= steps[..., None]  # (B, K, L)
             y = clean_predictions(roll, steps)  # (B, K, L)
@@ -164,7 +164,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         infos = []
         for epoch in range(args.passes):
             if not args.plusplus:
-                gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in ids]
+                gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in drawn]
                 first = slice(None, None, args.G)  # the first row of each prompt
                 masked = hide_tokens(prompt[first], prompt_mask[first], args.hide_prompt, model.mask_id, gens)
                 shown = replace(roll, prompt=masked.repeat_interleave(args.G, 0))
@@ -172,8 +172,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
             gen = generator("cpu", args.seed, "pass", update, epoch)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = {"loss": 0.0}
-                for part in micro_batches(model, batch, x, args.budget):
-                    r, k = part.unbind(1)
+                for micro in micro_batches(model, batch, x, args.budget):
+                    r, k = micro.unbind(1)
                     logp = one_step_logp(model, x[r, k], prompt_mask[r], y[r, k], args.temperature)  # (M,)
                     loss = (weight[r, k] * logp).sum() * args.minibatches / args.prompts  # mean over prompts
                     loss.backward()

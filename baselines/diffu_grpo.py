@@ -112,10 +112,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
     for update in run.updates(model, optimizer):
         # 1 Roll out: G completions of each prompt.
-        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        drawn = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in drawn for _ in range(args.G)]  # B rows
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
-        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                         temperature=args.temperature, budget=args.budget)
 
@@ -128,7 +128,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         # 4 The canvas of each pass, and the log-probabilities on it to compare with.
         canvases, first = [], slice(None, None, args.G)  # the first row of each prompt
         for epoch in range(args.passes):
-            gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in ids]
+            gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in drawn]
             masked = hide_tokens(prompt[first], prompt_mask[first], args.hide_prompt, model.mask_id, gens)
             shown = replace(roll, prompt=masked.repeat_interleave(args.G, 0))
             canvases.append(canvas(shown, torch.ones_like(roll.valid)))
@@ -139,8 +139,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         logp_old = roll.logp.new_zeros(len(rows), args.passes, args.L)
         logp_ref = torch.zeros_like(logp_old)
         with torch.no_grad():
-            for part in micro_batches(model, pairs, x, args.budget):
-                r, k = part.unbind(1)
+            for micro in micro_batches(model, pairs, x, args.budget):
+                r, k = micro.unbind(1)
                 logp_old[r, k] = one_step_logp(model, x[r, k], roll[r], args.temperature)
                 if reference:
                     logp_ref[r, k] = one_step_logp(reference, x[r, k], roll[r], args.temperature)
@@ -154,8 +154,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
             for batch in minibatches(of_pass, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
                 scored = roll.valid[batch[:, 0]].sum().item()
-                for part in micro_batches(model, batch, x, args.budget):
-                    r, k = part.unbind(1)
+                for micro in micro_batches(model, batch, x, args.budget):
+                    r, k = micro.unbind(1)
                     logp, valid = one_step_logp(model, x[r, k], roll[r], args.temperature), roll.valid[r]
                     loss, was_clipped = token_loss(logp, logp_old[r, k], adv[r], args.eps)  # (M, L)
                     if reference:

@@ -122,10 +122,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
     for update in run.updates(model, optimizer):
         # 1 Roll out: G completions of each prompt.
-        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        drawn = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in drawn for _ in range(args.G)]  # B rows
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
-        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
                         temperature=args.temperature, budget=args.budget)
 
@@ -136,7 +136,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         adv = advantage(reward, args.G)  # (B,)
 
         # 4 The masks of each pass, and the ELBOs under them to compare with.
-        gens = [generator(model.device, args.seed, "masks", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "masks", update, i) for i in drawn]
         noise = group_noise(gens, len(rows), (args.passes * args.num_mc, args.L + 1))
         scored = antithetic_masks(roll.valid, noise)  # (B, passes * K, L), K = 2 num_mc
         x = canvas(roll, scored | ~roll.valid[:, None])
@@ -148,8 +148,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         elbo_old = roll.logp.new_zeros(len(rows), args.passes)
         elbo_ref = torch.zeros_like(elbo_old)
         with torch.no_grad():
-            for part in micro_batches(model, pairs, x, args.budget):
-                r, k = part.unbind(1)
+            for micro in micro_batches(model, pairs, x, args.budget):
+                r, k = micro.unbind(1)
                 elbo_old[r, k] = elbo(model, x[r, k], roll[r], scored[r, k], args.temperature)
                 if reference:
                     elbo_ref[r, k] = elbo(reference, x[r, k], roll[r], scored[r, k], args.temperature)
@@ -162,8 +162,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
             of_pass = pairs[pairs[:, 1] == epoch]
             for batch in minibatches(of_pass, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
-                for part in micro_batches(model, batch, x, args.budget):
-                    r, k = part.unbind(1)
+                for micro in micro_batches(model, batch, x, args.budget):
+                    r, k = micro.unbind(1)
                     E = elbo(model, x[r, k], roll[r], scored[r, k], args.temperature)  # (M,)
                     n = roll.valid[r].sum(1)
                     loss, was_clipped = sequence_loss(E, elbo_old[r, k], n, adv[r], args.eps)

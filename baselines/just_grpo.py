@@ -116,10 +116,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
     for update in run.updates(model, optimizer):
         # 1 Roll out: G completions of each prompt, left to right.
-        ids = draw_prompts(len(task.train), args.prompts, args.seed, update)
-        rows = [task.train[i] for i in ids for _ in range(args.G)]  # B rows
+        drawn = draw_prompts(len(task.train), args.prompts, args.seed, update)
+        rows = [task.train[i] for i in drawn for _ in range(args.G)]  # B rows
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
-        gens = [generator(model.device, args.seed, "rollout", update, i) for i in ids]
+        gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.L, block=1,
                         temperature=args.temperature, budget=args.budget)
 
@@ -143,8 +143,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                 # The rows of the mean: all of the minibatch, or those it scores.
                 every = len(rows) / args.minibatches
                 count = every if args.normalise == "none" else batch[:, 0].unique().numel()
-                for part in micro_batches(model, batch, x, args.budget):
-                    r, t = part.unbind(1)
+                for micro in micro_batches(model, batch, x, args.budget):
+                    r, t = micro.unbind(1)
                     logp = token_logp(model, x[r, t], roll[r], t, args.temperature)  # (M,)
                     loss, was_clipped = token_loss(logp, roll.logp[r, t], adv[r], args.eps)
                     if reference:

@@ -196,7 +196,7 @@ def test_all_methods_start_and_end_with_the_same_text():
         text = script(method).read_text()
         assert text.count("    optimizer = torch") == text.count("        # 1 Roll out: ") == 1, method
         head = text.partition("    optimizer = torch")[2].partition("# fused")[0]
-        rollout = text.partition("        ids = draw_prompts(")[2].partition("        roll = roll_out(")[0]
+        rollout = text.partition("        drawn = draw_prompts(")[2].partition("        roll = roll_out(")[0]
         tail = text.partition('if __name__ == "__main__":\n')[2].replace(", plusplus=PLUSPLUS", "")
         assert head and rollout and tail.endswith("main(train, Args, SUDOKU, COUNTDOWN, LLM)\n"), method
         same.setdefault((head, rollout, tail), []).append(method)
