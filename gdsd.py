@@ -48,12 +48,13 @@ class Args:
     # (LLM: x) is the setting for real models, of which there are more at the end of this file.
 
     # The rollout.
-    prompts: int = 16  # prompts per rollout
-    G: int = 16  # samples per prompt (a group)
+    prompts: int = 32  # prompts per rollout
+    G: int = 8  # samples per prompt (a group)
     L: int = 16  # completion length, tokens (LLM: 256)
     S: int = 8  # denoising steps per completion (LLM: 256)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    order: Literal["confidence", "top_prob", "random"] = "confidence"  # (released: confidence)
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; results do not depend on it
 
@@ -61,14 +62,14 @@ class Args:
     match: Literal["logp", "tlc"] = "logp"  # what is regressed: log-probabilities, or centred raw logits
     topk: int = 0  # tlc: subtract the mean of this many largest logits (paper 0: of all; the authors now 64)
     weights: Literal["pair", "elbo"] = "pair"  # of the tokens of a mask pair (paper: pair; see above)
-    num_mc: int = 2  # mask pairs per row (paper: 2)
-    psi: float = 0.2  # psi, inverse temperature of the advantage, per token (paper: 10 / L; see above)
+    num_mc: int = 1  # mask pairs per row (paper: 2)
+    psi: float = 0.625  # psi, inverse temperature of the advantage, per token (paper: 10 / L; see above)
     beta: float = 0.0  # weight of the reference (paper: 1e-3; see LLM); 0: no reference model
 
     # The optimizer, AdamW.
-    passes: int = 2  # mu, passes per rollout (paper: 8; Dream Sudoku 1)
-    minibatches: int = 4  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 1e-4  # learning rate (paper: 3e-6; MATH 1e-5)
+    passes: int = 1  # mu, passes per rollout (paper: 8; Dream Sudoku 1)
+    minibatches: int = 8  # optimizer steps per pass, each on whole groups (paper: 1)
+    lr: float = 2e-4  # learning rate (paper: 3e-6; MATH 1e-5)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (paper: the same)
     weight_decay: float = 0.01  # (paper: 0.01)
     warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-3 of the run)
@@ -164,7 +165,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
         gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                        temperature=args.temperature, budget=args.budget)
+                        temperature=args.temperature, order=args.order, budget=args.budget)
 
         # 2 Reward.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
@@ -225,14 +226,14 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
-SUDOKU = dict(updates=20, eval_every=5)
-COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=40, eval_every=10)
+SUDOKU = dict(updates=32, eval_every=8)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, psi=1.25, updates=120, eval_every=30)
 # Released (llada_gsm8k, commit 7c152d3): G, L, S, block, T, num_mc, mu, AdamW, clip, lr (theirs of a LoRA of
 # rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3, here 0.064 (MATH 1e-4, Countdown 3e-3).
 # Ours: 2 prompts, theirs 20; all weights; logp, theirs TLC with topk 64 and elbo; psi 10 / L and no clamp; no
 # warm-up, theirs 0.001 of the run.
-LLM = dict(prompts=2, G=16, L=256, S=256, block=32, minibatches=1, psi=0.04, beta=0.064, passes=8, lr=3e-6,
-           grad_norm=0.2)
+LLM = dict(prompts=2, G=16, L=256, S=256, block=32, num_mc=2, minibatches=1, psi=0.04, beta=0.064, passes=8,
+           lr=3e-6, grad_norm=0.2)
 
 if __name__ == "__main__":
     from plumbing.run import main

@@ -25,6 +25,7 @@ python baselines/espo.py                         4x4 Sudoku, 26 to 52 % in 45 s
 
 import sys
 from dataclasses import dataclass
+from typing import Literal
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 256)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
+    order: Literal["confidence", "top_prob", "random"] = "confidence"  # (released: confidence)
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; results do not depend on it
 
@@ -127,7 +129,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         prompt, prompt_mask = encode(model, [row["prompt"] for row in rows])  # (B, P)
         gens = [generator(model.device, args.seed, "rollout", update, i) for i in drawn]
         roll = roll_out(model, prompt, prompt_mask, gens, L=args.L, S=args.S, block=args.block,
-                        temperature=args.temperature, budget=args.budget)
+                        temperature=args.temperature, order=args.order, budget=args.budget)
 
         # 2 Reward.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -148,12 +149,15 @@ def execute(command: str) -> dict:
     out.parent.mkdir(parents=True, exist_ok=True)
     script, *flags = command.split()
     flags = ["--resume", out] if out.exists() else [*flags, "--out", out]
+    start = time.perf_counter()
     with open(f"{out}.log", "w") as log:
-        done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise RuntimeError(f"python {command}: exit status {done.returncode}, see {out}.log")
-    return line_of(command, out)
+        process = subprocess.Popen([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # or it is waited for again
+    if process.returncode:
+        raise RuntimeError(f"python {command}: exit status {process.returncode}, see {out}.log")
+    return line_of(command, out, (used.ru_utime + used.ru_stime) / (time.perf_counter() - start))
 
 
 def at_work(out: Path) -> bool:
@@ -168,24 +172,25 @@ def at_work(out: Path) -> bool:
     return False
 
 
-def line_of(command: str, out: Path) -> dict:
-    """The line of the finished run in a folder."""
+def line_of(command: str, out: Path, busy: float = 1.0) -> dict:
+    """The line of the finished run in a folder. busy: the share of a core that the process had, by which its
+    seconds are multiplied: so they are of one thread, whatever else ran on the machine."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])
     curve, update = [], {"seconds": 0, "nfe_rollout_full": 0, "nfe_update_full": 0}
     for line in lines:
         if "eval_accuracy" in line:
             forwards = update["nfe_rollout_full"] + update["nfe_update_full"]
-            curve.append([line["update"], round(update["seconds"], 1), forwards, line["eval_accuracy"]])
+            seconds = round(busy * update["seconds"], 1)
+            curve.append([line["update"], seconds, forwards, line["eval_accuracy"]])
         else:
             update = line
-    kept = ("seconds", "nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full", "equal_groups",
-            "entropy")
+    kept = ("nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full", "equal_groups", "entropy")
     decoded = [[line["threshold_accuracy"], line["threshold_nfe_per_row"]] for line in (lines[0], lines[-1])]
     correct = np.packbits([int(c) for _, c in last["answers"]]).tobytes().hex()
-    return {"command": command, **{k: update[k] for k in kept}, "curve": curve, "adaptive": decoded,
-            "rows": last["rows"], "correct": correct, "commit": git_commit(), "torch": last["torch"],
-            "base": digest(base_of(command)),
+    return {"command": command, "seconds": round(busy * update["seconds"], 1), **{k: update[k] for k in kept},
+            "curve": curve, "adaptive": decoded, "rows": last["rows"], "correct": correct,
+            "commit": git_commit(), "torch": last["torch"], "base": digest(base_of(command)),
             "machine": f"{processor()}, one thread of {os.cpu_count()}"}
 
 

@@ -3,9 +3,9 @@
 Denoisers of 3 tokens, 3 positions and 3 steps, random logits of standard deviation 1: "own", of each state,
 or "shared", sums over positions (tabular.py). Rewards: uniform in [0, 1] for each of the 27 completions.
 No Monte Carlo: the sampler is led down every path, groups of 4 are all multisets of completions, random steps
-and masks are summed over. (Only wd1++ with a sampled y has too many groups: 65,536 of them are drawn.) All at
-theta_old, where ratios are 1, by the methods' own functions, settings and sampling (RLDF's has threshold 0.9,
-JustGRPO's blocks of one token), against the exact gradient of E[R] under that sampling. Simplified: RLDF
+and masks are summed over. (wd1++ alone has too many groups, because of its y: 65,536 of them are drawn.) All
+at theta_old, where ratios are 1, by the methods' own functions, settings and sampling (RLDF's has threshold
+0.9, JustGRPO's blocks of one token), against the exact gradient of E[R] under that sampling. Simplified: RLDF
 draws one step or mask for a row, its normaliser a constant as in a large batch; GDSD and ESPO draw one mask
 pair; there is no prompt, of which diffu-GRPO and wd1 could hide some.
 
@@ -103,8 +103,10 @@ def wd1_update(model, roll, draw, value, K=1, positive_only=False, y_sampled=Fal
         free = roll.revealed_at[:, None] > steps[..., None]  # (O, S, L): two before step 0, one before step 1
         y = roll.completion[:, None].expand(-1, S, -1).masked_scatter(free, draw[:, None] // ANSWER % V)
         for k in range(S):
-            logp = score(model, x[:, k], roll.prompt_mask, y[:, k], free[:, k], 1.0)
-            share = share * logp.detach().sum(1).exp()
+            logp = score(model, x[:, k], roll.prompt_mask, y[:, k], hidden[:, k], 1.0).detach()
+            surest = logp.masked_fill(~hidden[:, k], -torch.inf).argmax(1, keepdim=True)
+            share *= (logp * free[:, k]).sum(1).exp()
+            share *= roll.revealed_at.gather(1, surest)[:, 0] == k  # or the step had revealed another token
     logp = [wd1.one_step_logp(model, x[:, k], roll.prompt_mask, y[:, k], 1.0) for k in range(K)]
 
     def loss(at, o):
@@ -172,16 +174,16 @@ VARIANTS = {  # sampling, update, draws of a row, options
     "RLDF, uniform": (THRESHOLD, rldf_update, S, dict(select="uniform")),
     "RLDF, p_min 0": (THRESHOLD, rldf_update, S, dict(p_min=0.0)),
     "RLDF, random masks": (THRESHOLD, rldf_update, 8, dict(masks="random")),
-    "wd1++": (TOP_PROB, wd1_update, V**3, dict(K=S, y_sampled=True)),
-    "wd1++, y greedy": (TOP_PROB, wd1_update, 1, dict(K=S)),
-    "wd1": (TOP_PROB, wd1_update, 1, {}),
-    "wd1, positive only": (TOP_PROB, wd1_update, 1, dict(positive_only=True)),
-    "GDSD": (TOP_PROB, gdsd_update, 24, dict(match="logp")),
-    "GDSD, elbo": (TOP_PROB, gdsd_update, 24, dict(match="logp", weights="elbo")),
-    "GDSD-TLC": (TOP_PROB, gdsd_update, 24, dict(match="tlc")),
-    "GDSD-TLC, elbo": (TOP_PROB, gdsd_update, 24, dict(match="tlc", weights="elbo")),
-    "diffu-GRPO": (TOP_PROB, diffu_grpo_update, 1, {}),
-    "ESPO": (TOP_PROB, espo_update, 24, {}),
+    "wd1++": (CONFIDENCE, wd1_update, V**3, dict(K=S, y_sampled=True)),
+    "wd1++, y greedy": (CONFIDENCE, wd1_update, 1, dict(K=S)),
+    "wd1": (CONFIDENCE, wd1_update, 1, {}),
+    "wd1, positive only": (CONFIDENCE, wd1_update, 1, dict(positive_only=True)),
+    "GDSD": (CONFIDENCE, gdsd_update, 24, dict(match="logp")),
+    "GDSD, elbo": (CONFIDENCE, gdsd_update, 24, dict(match="logp", weights="elbo")),
+    "GDSD-TLC": (CONFIDENCE, gdsd_update, 24, dict(match="tlc")),
+    "GDSD-TLC, elbo": (CONFIDENCE, gdsd_update, 24, dict(match="tlc", weights="elbo")),
+    "diffu-GRPO": (CONFIDENCE, diffu_grpo_update, 1, {}),
+    "ESPO": (CONFIDENCE, espo_update, 24, {}),
     "JustGRPO": (LEFT_TO_RIGHT, just_grpo_update, 1, {}),
     "JustGRPO, no std": (LEFT_TO_RIGHT, just_grpo_update, 1, dict(normalise="none")),
 }
@@ -212,8 +214,8 @@ def moments(completion, p, logp, loss, table) -> tuple[Tensor, Tensor]:
 
 
 def sampled_moments(p, logp, loss, table, groups=2**16) -> tuple[Tensor, Tensor]:
-    """The same for an update whose slopes depend on more than the completion: of so many groups, each row an
-    outcome of its own."""
+    """The same for wd1++, whose slopes depend on y, so not on the completion alone: of so many groups, each
+    row an outcome of its own."""
     O, D = logp.shape
     each = torch.eye(O * D, dtype=p.dtype).view(-1, O, D)
     h = torch.autograd.grad(logp, table, each, is_grads_batched=True)[0].flatten(1)  # (O * D, parameters)
@@ -253,7 +255,7 @@ def measure(kind: str, seed: int, names=VARIANTS) -> dict[str, list[float]]:
         share, logp, hidden, loss = update(model, roll, draw, value, **options)
         p = p * share / share.view(-1, draws).sum(1)[row]
         forwards += distinct_canvases(roll, hidden, p)
-        if options.get("y_sampled"):
+        if name.startswith("wd1++"):
             u, variance = sampled_moments(p, logp, loss, table)
         else:
             u, variance = moments(roll.completion @ ANSWER, p, logp, loss, table)

@@ -12,7 +12,7 @@ from helpers import ROOT
 from benchmarks import compare, tables
 
 STUB = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 resumed = "--resume" in sys.argv
 out = Path(sys.argv[sys.argv.index("--resume" if resumed else "--out") + 1])
@@ -20,6 +20,7 @@ out.mkdir(exist_ok=True)
 with open(out / "starts", "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 (out / "state.pt").touch()
+time.sleep(0.5)
 if (out.parent / "fail").exists() and "--seed 2" in (out / "starts").read_text():
     sys.exit(130)
 update = dict(update=5, seconds=2.0, nfe_rollout=3, nfe_rollout_full=30, nfe_update=1, nfe_update_full=10,
@@ -70,7 +71,9 @@ def test_a_run_is_made_once_and_a_stopped_one_goes_on(folder, capsys):
     base = compare.digest(compare.BASES / "sudoku-0")
     assert all(row["base"] == base for row in rows.values())
     row = rows[SECOND.replace("--seed 2", "--seed 1")]
-    assert row["curve"] == [[0, 0, 0, 0.25], [5, 2.0, 40, 0.5]] and row["adaptive"] == [[0.25, 4], [0.5, 4]]
+    assert row["curve"] == [[0, 0, 0, 0.25], [5, row["seconds"], 40, 0.5]]
+    assert 0 < row["seconds"] < 1.5  # of 2.0 by the clock, half a second asleep at least
+    assert row["adaptive"] == [[0.25, 4], [0.5, 4]]
     assert np.unpackbits(np.frombuffer(bytes.fromhex(row["correct"]), np.uint8)).tolist() == [1, 0] * 8
     compare.RUNS.write_text(compare.RUNS.read_text().replace(base, "another"))
     assert compare.finished() == {}  # runs from weights that are not kept any more

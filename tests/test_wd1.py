@@ -69,7 +69,8 @@ def in_float64(monkeypatch):
 # ---------------------------------------------------------------------------------------- a whole update
 
 
-SHAPE = dict(prompts=4, G=3, L=8, S=4, block=4, temperature=T, minibatches=1, lr=0.0, seed=4)
+SHAPE = dict(prompts=4, G=3, L=8, S=4, block=4, temperature=T, order="top_prob", minibatches=1, lr=0.0,
+             seed=4)
 
 
 @pytest.fixture
