@@ -191,15 +191,16 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 # As in wd1's release, LLM has G, L, S, block, T, passes, lr and grad_norm. Ours are 4 prompts (theirs 8),
 # full fine-tuning at weight decay 0.01 (LoRA of rank 128 on 4-bit weights, 0.1) and no warm-up (1e-4 of the
 # steps, then constant). PLUSPLUS is with that flag. Its last is the released start_train.sh throughout, full
-# fine-tuning without warm-up included, except that a block always has 128 tokens (theirs: 128 or 512). Its
-# tiny starts reveal in the order top_prob: with confidence one of the runs on Countdown fell to a reward of 0.
+# fine-tuning without warm-up included, except that a block always has 128 tokens (theirs: 128 or 512). The
+# first two reveal in the order top_prob: with confidence a run on Countdown fell to a reward of 0.
 SUDOKU = dict(updates=85, eval_every=20)
 COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=1e-4, updates=180)
 LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, passes=12, lr=3e-6,
            grad_norm=0.2)
-PLUSPLUS = (dict(prompts=16, order="top_prob", passes=1, minibatches=2, lr=2e-4, updates=100, eval_every=25),
-            dict(L=8, S=4, block=4, prompts=16, order="top_prob", passes=1, minibatches=2, lr=2e-4, updates=160,
-                 eval_every=40),
+PLUSPLUS = (dict(prompts=16, order="top_prob", passes=1, minibatches=2, lr=2e-4, updates=100,
+                 eval_every=25),
+            dict(L=8, S=4, block=4, prompts=16, order="top_prob", passes=1, minibatches=2, lr=2e-4,
+                 updates=160, eval_every=40),
             dict(prompts=8, G=8, L=512, S=256, block=128, minibatches=1, temperature=0.4, K=8, passes=1,
                  lr=1e-6, betas=(0.9, 0.999), weight_decay=0.0))
 

@@ -235,7 +235,7 @@ def test_written_commands_parse(monkeypatch):
 
 LEARN = {
     "rldf": "--updates 45 --lr 2e-3",
-    "gdsd": "--updates 45 --lr 2e-3",
+    "gdsd": "--updates 45 --passes 2 --num_mc 2 --minibatches 4 --psi 0.2 --lr 2e-3",
     "wd1": "--updates 45 --lr 5e-4",
     "egspo": "--updates 45 --K 2 --minibatches 1 --lr 5e-3",
     "baselines.diffu_grpo": "--updates 45 --lr 2e-3",
