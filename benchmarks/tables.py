@@ -187,22 +187,13 @@ def long_table(runs: list[dict]) -> str:
 
 
 def tuning_table(lines: list[dict]) -> str:
-    """Of each method and setting what every run solved of the validation rows, and the updates it made; what
-    few methods were run with is in a column of its own."""
-    def cell(found: list[dict]) -> str:
-        return ", ".join(("**{:.1f}** ({})" if line["limit"] > 60 else "{:.1f} ({})").format(
-            100 * line["after"], line["update"]) for line in found)
-
-    runs, methods = {}, list(dict.fromkeys(line["method"] for line in lines))
+    """What each setting solved of the validation rows in a minute, and the updates it made."""
+    found = {}
     for line in lines:
-        runs.setdefault(line["setting"], {}).setdefault(line["method"], []).append(line)
-    usual = [setting for setting, found in runs.items() if len(found) > len(methods) / 2]
-    rows = []
-    for method in methods:
-        others = [f"`{setting}` {cell(found[method])}" for setting, found in runs.items()
-                  if setting not in usual and method in found]
-        rows.append([method, *(cell(runs[setting].get(method, [])) for setting in usual), ", ".join(others)])
-    return table(["solved, % (updates)", *(f"`{setting}`" for setting in usual), "others"], rows)
+        found.setdefault(line["command"], []).append(line)
+    rows = [[f"`{command}`", ", ".join(f"{percent(run['after'])} ({run['update']})" for run in runs)]
+            for command, runs in sorted(found.items())]
+    return table(["command", "each seed: solved, % (updates)"], rows)
 
 
 def tree_table(lines: list[dict]) -> str:
