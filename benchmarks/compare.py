@@ -46,14 +46,15 @@ MAIN = {
     "JustGRPO": "baselines/just_grpo.py",
 }
 ABLATIONS = {  # each differs from its method's line in MAIN by what is added; on Sudoku alone
-    "EGSPO-SA": ["--select uniform", "--select all", "--baseline rank", "--order top_prob",
-                 "--order random"],
+    "EGSPO-SA": ["--select uniform", "--select importance", "--select all", "--baseline rank",
+                 "--lam_schedule linear", "--order top_prob", "--order random"],
     "RLDF": ["--select uniform", "--p_min 0.6", "--masks random"],
-    "wd1": ["--positive_only"], "wd1++": ["--positive_only"],
-    "GDSD": ["--psi 0.02", "--psi 0.063", "--psi 0.63", "--psi 2", "--num_mc 1"],
+    "wd1": ["--positive_only", "--order top_prob"],
+    "wd1++": ["--positive_only", "--y greedy", "--order confidence"],
+    "GDSD": ["--psi 0.2", "--psi 2", "--num_mc 2", "--passes 2", "--weights elbo", "--order top_prob"],
 }
 LONG = {  # ten times the default updates (wd1++ twenty), on one base
-    "EGSPO-SA": 1600, "RLDF": 800, "wd1": 850, "wd1++": 2000, "GDSD": 200, "diffu-GRPO": 600, "ESPO": 120,
+    "EGSPO-SA": 1600, "RLDF": 800, "wd1": 850, "wd1++": 2000, "GDSD": 320, "diffu-GRPO": 600, "ESPO": 120,
     "JustGRPO": 200}
 WHEN = {  # which to take when, for the README
     "EGSPO": "if guesses cannot be rewarded", "EGSPO-SA": "first", "RLDF": "to decode adaptively",
@@ -228,12 +229,18 @@ def runs_of(there: dict[str, dict], method: str, task: str, change: str = "") ->
     return [of_base for of_base in found if of_base]
 
 
+def base_configs() -> dict[str, dict]:
+    """config.json of every kept base, by its name."""
+    folders = [BASES / f"{task}-{base}" for task in TINY for base in range(3)]
+    return {folder.name: json.loads((folder / "config.json").read_text())
+            for folder in folders if folder.is_dir()}
+
+
 def knows(task: str) -> list[float]:
     """What each kept base knew at the end of its first phase: the share of the held-out rows that it solved
     with one token a step. This is what RL can bring out."""
-    folders = [BASES / f"{task}-{base}" for base in range(3)]
-    return [json.loads((folder / "config.json").read_text())["knows"]["test_one_token"]
-            for folder in folders if folder.is_dir()]
+    return [config["knows"]["test_one_token"] for config in base_configs().values()
+            if config["tiny_task"] == task]
 
 
 def every_table() -> dict[str, str]:
@@ -251,6 +258,7 @@ def every_table() -> dict[str, str]:
     long = [there[c] for seed in (1, 2, 3) for method in LONG
             if (c := command_of(method, "sudoku", 0, seed, long_change(method))) in there]
     return {
+        "bases": tables.bases_table(base_configs()),
         "main": tables.main_table(main, {task: knows(task) for task in TINY}, WHEN),
         **{f"budget {task}": tables.budget_table(main[task], MAIN, PAPER[task], knows(task))
            for task in TINY},

@@ -186,6 +186,13 @@ def long_table(runs: list[dict]) -> str:
                   "adaptive: % (forwards a row)", "minutes"], rows)
 
 
+def bases_table(configs: dict[str, dict]) -> str:
+    """What each kept base knows and shows of the held-out rows, as pretrain.py has measured it."""
+    rows = [[f"`{name}`", *(percent(config[what][part]) for what in ("knows", "shows")
+                            for part in ("test", "test_one_token"))] for name, config in configs.items()]
+    return table(["base", "knows", "knows, one token a step", "shows", "shows, one token a step"], rows)
+
+
 def tuning_table(lines: list[dict]) -> str:
     """What each setting solved of the validation rows in a minute, and the updates it made."""
     found = {}
