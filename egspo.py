@@ -27,7 +27,7 @@ tests/test_egspo.py enumerates:
   finished.
 
 The defaults meet the last of these alone: like the paper they take the most uncertain steps, in LLaDA's
-order, which learned more on the validation rows. `--order top_prob --select all` meets all three.
+order, which learned faster on Sudoku's validation rows. `--order top_prob --select all` meets all three.
 
 Differences from the paper: lambda is constant (the paper's lambda_t, as in the newest released code, is
 `--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); full fine-tuning, no LoRA; several

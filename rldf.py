@@ -47,7 +47,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 256); with a threshold, those of evaluation alone
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    order: Literal["top_prob", "random", "confidence"] = "confidence"  # (paper: confidence)
+    order: Literal["confidence", "top_prob", "random"] = "confidence"  # (paper: confidence)
     threshold: float = 0.9  # reveal tokens at least this probable (paper: 0.9); 0: S steps of equal size
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; results do not depend on it
@@ -170,8 +170,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         revealed = roll.revealed_at[:, None] == steps[..., None]
         if args.masks == "random":  # blocks never denoised stay hidden
             gens = [generator(model.device, args.seed, "canvas", update, i) for i in drawn]
-            drawn = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
-            hidden = drawn & roll.valid[:, None] | (roll.revealed_at == roll.S)[:, None]
+            chosen = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
+            hidden = chosen & roll.valid[:, None] | (roll.revealed_at == roll.S)[:, None]
             revealed = hidden
         x = canvas(roll, hidden)  # (B, K, P+L)
         pairs = torch.ones_like(steps).nonzero()  # (B * K, 2): a row and one of its canvases

@@ -25,8 +25,8 @@ python baselines/espo.py                         4x4 Sudoku, 26 to 52 % in 45 s
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor

@@ -59,7 +59,7 @@ LONG = {  # ten times the default updates (wd1++ twenty), on one base
 WHEN = {  # which to take when, for the README
     "EGSPO": "if guesses cannot be rewarded", "EGSPO-SA": "first", "RLDF": "to decode adaptively",
     "wd1": "for the cheapest update", "wd1++": "for the quickest start; no ratio, no clip",
-    "GDSD": "to see regression in place of policy gradients", "GDSD-TLC": "rather than GDSD on Sudoku",
+    "GDSD": "to see regression in place of policy gradients", "GDSD-TLC": "to see it without a softmax",
     "diffu-GRPO": "as a baseline: d1", "ESPO": "as a baseline: sequence-level ratio",
     "JustGRPO": "as a baseline: left to right",
 }
@@ -155,7 +155,7 @@ def execute(command: str) -> dict:
         process = subprocess.Popen([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # or it is waited for again
+    process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
     if process.returncode:
         raise RuntimeError(f"python {command}: exit status {process.returncode}, see {out}.log")
     return line_of(command, out, (used.ru_utime + used.ru_stime) / (time.perf_counter() - start))
@@ -174,8 +174,8 @@ def at_work(out: Path) -> bool:
 
 
 def line_of(command: str, out: Path, busy: float = 1.0) -> dict:
-    """The line of the finished run in a folder. busy: the share of a core that the process had, by which its
-    seconds are multiplied: so they are of one thread, whatever else ran on the machine."""
+    """The line of the finished run in a folder. busy: the share of a core that the process had, of a resumed
+    run its last one. The seconds are multiplied by it, so that they are about those of a quiet machine."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])
     curve, update = [], {"seconds": 0, "nfe_rollout_full": 0, "nfe_update_full": 0}

@@ -4,10 +4,10 @@ Denoisers of 3 tokens, 3 positions and 3 steps, random logits of standard deviat
 or "shared", sums over positions (tabular.py). Rewards: uniform in [0, 1] for each of the 27 completions.
 No Monte Carlo: the sampler is led down every path, groups of 4 are all multisets of completions, random steps
 and masks are summed over. (wd1++ alone has too many groups, because of its y: 65,536 of them are drawn.) All
-at theta_old, where ratios are 1, by the methods' own functions, settings and sampling (RLDF's has threshold
-0.9, JustGRPO's blocks of one token), against the exact gradient of E[R] under that sampling. Simplified: RLDF
-draws one step or mask for a row, its normaliser a constant as in a large batch; GDSD and ESPO draw one mask
-pair; there is no prompt, of which diffu-GRPO and wd1 could hide some.
+at theta_old, where ratios are 1, by the methods' own functions with the sampling and settings of VARIANTS
+(RLDF has threshold 0.9, JustGRPO blocks of one token), against the exact gradient of E[R] under that
+sampling. Simplified: RLDF draws one step or mask for a row, its normaliser a constant as in a large batch;
+GDSD and ESPO draw one mask pair; there is no prompt, of which diffu-GRPO and wd1 could hide some.
 
     cosine    of the angle between expected update u and gradient g: mean and lowest over the models
     bias      |u - a g| / |a g| with the best a: the tangent of the angle, median
@@ -126,7 +126,7 @@ def gdsd_update(model, roll, draw, value, match, weights="pair"):
     c, _ = gdsd.pair_score(model, canvas(roll, hidden), roll, hidden, match, 1.0, weights)
     reward = value[roll.completion @ ANSWER]
     return torch.ones(len(draw)), c[:, None], hidden, lambda at, o: gdsd.distillation_loss(
-        at, at.detach(), gdsd.advantage(reward[o], G)[:, None], 0.2, at, at.detach(), 0.0)
+        at, at.detach(), gdsd.advantage(reward[o], G)[:, None], gdsd.Args().psi, at, at.detach(), 0.0)
 
 
 def diffu_grpo_update(model, roll, draw, value):
@@ -216,6 +216,8 @@ def moments(completion, p, logp, loss, table) -> tuple[Tensor, Tensor]:
 def sampled_moments(p, logp, loss, table, groups=2**16) -> tuple[Tensor, Tensor]:
     """The same for wd1++, whose slopes depend on y, so not on the completion alone: of so many groups, each
     row an outcome of its own."""
+    possible = p.nonzero()[:, 0]  # (O,)
+    p, logp = p[possible], logp[possible]
     O, D = logp.shape
     each = torch.eye(O * D, dtype=p.dtype).view(-1, O, D)
     h = torch.autograd.grad(logp, table, each, is_grads_batched=True)[0].flatten(1)  # (O * D, parameters)
@@ -224,7 +226,7 @@ def sampled_moments(p, logp, loss, table, groups=2**16) -> tuple[Tensor, Tensor]
     for _ in range(groups // 2**12):
         o = p.multinomial(2**12 * G, replacement=True, generator=gen)
         at = logp.detach()[o].requires_grad_()
-        c = -torch.autograd.grad(loss(at, o).sum(), at)[0].view(-1, G * D)  # what multiplies each gradient
+        c = -torch.autograd.grad(loss(at, possible[o]).sum(), at)[0].view(-1, G * D)
         place = (o[:, None] * D + torch.arange(D)).view(-1, G * D)
         u = c.new_zeros(len(c), O * D).scatter_add(1, place, c) @ h  # (2**12, parameters)
         total, square = total + u.sum(0), square + u.square().sum()

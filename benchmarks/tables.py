@@ -196,11 +196,10 @@ def bases_table(configs: dict[str, dict]) -> str:
 def tuning_table(lines: list[dict]) -> str:
     """What each setting solved of the validation rows in a minute, and the updates it made."""
     found = {}
-    for line in lines:
-        found.setdefault(line["command"], []).append(line)
-    rows = [[f"`{command}`", ", ".join(f"{percent(run['after'])} ({run['update']})" for run in runs)]
-            for command, runs in sorted(found.items())]
-    return table(["command", "each seed: solved, % (updates)"], rows)
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        found.setdefault(line["command"], []).append(f"{percent(line['after'])} ({line['update']})")
+    rows = [[f"`{command}`", ", ".join(runs)] for command, runs in sorted(found.items())]
+    return table(["command", "solved, % (updates)"], rows)
 
 
 def tree_table(lines: list[dict]) -> str:

@@ -27,39 +27,38 @@ from tasks import find  # noqa: E402
 
 RESULTS = ROOT / "results" / "tuning.jsonl"
 SECONDS = 60
-ORDERS = [
-    f"{script} --order {order}"
-    for script in ("egspo.py", "wd1.py", "wd1.py --plusplus", "baselines/diffu_grpo.py", "baselines/espo.py")
-    for order in ("confidence", "top_prob")]
-SLOW = "gdsd.py --prompts 16 --G 16 --minibatches 4 --lr 1e-4 --psi 0.2"
-QUICK = "gdsd.py --prompts 16 --G 16 --minibatches 4 --num_mc 1 --passes 1"
-WIDE = "gdsd.py --prompts 32 --G 8 --minibatches 8 --num_mc 1 --passes 1"
-GROUPS = "gdsd.py --prompts 32 --G 8 --minibatches 4 --num_mc 1 --passes 1 --lr 2e-4"
-FEW = "gdsd.py --prompts 16 --G 8 --minibatches 2 --num_mc 1 --passes 1 --lr 2e-4"
-TRIED = {  # (seed, command)
-    "sudoku": [
-        *((11, command) for command in ORDERS),
-        (11, "rldf.py --p_min 0"), (11, "rldf.py --p_min 0.6"),
-        *((11, f"{command} --order top_prob") for command in (
-            f"{SLOW} --num_mc 2 --passes 2",
-            f"{QUICK} --lr 1e-4 --psi 0.2", f"{QUICK} --lr 1e-4 --psi 1", f"{QUICK} --lr 3e-5 --psi 1",
-            f"{QUICK} --lr 1e-4 --psi 0.2 --minibatches 1", f"{QUICK} --lr 2e-4 --psi 1 --minibatches 1",
-            f"{QUICK} --lr 1e-4 --psi 1 --prompts 8 --minibatches 2", f"{QUICK} --lr 2e-4 --psi 1",
-            f"{QUICK} --lr 4e-4 --psi 1", f"{QUICK} --lr 2e-4 --psi 1 --minibatches 8",
-            f"{QUICK} --lr 1e-4 --psi 1 --match tlc", f"{QUICK} --lr 2e-4 --psi 1 --match tlc",
-            f"{WIDE} --lr 1e-4 --psi 0.2 --minibatches 4", f"{WIDE} --lr 2e-4 --psi 1")),
-        *((11, f"{command} --order confidence") for command in (
-            f"{WIDE} --lr 2e-4 --psi 0.625", f"{WIDE} --lr 3e-4 --psi 0.625",
-            f"{WIDE} --lr 2e-4 --psi 0.625 --prompts 64 --minibatches 16",
-            f"{WIDE} --lr 2e-4 --psi 0.625 --match tlc", f"{WIDE} --lr 2e-4 --psi 0.625 --weights elbo"))],
-    "countdown": [
-        *((11, command) for command in ORDERS),
-        *((12, command) for command in ORDERS if command.startswith(("egspo.py", "wd1.py --plusplus"))),
-        (11, "wd1.py --plusplus --order confidence --lr 1e-4"),
-        *((seed, f"rldf.py --p_min {p_min}") for seed in (11, 12) for p_min in ("0", "0.6")),
-        (11, f"{FEW} --psi 1 --order confidence"), (11, f"{FEW} --psi 1 --order top_prob"),
-        (11, f"{GROUPS} --psi 0.625 --order confidence"), (11, f"{GROUPS} --psi 1.25 --order confidence"),
-        (11, f"{GROUPS} --psi 1.25 --order confidence --match tlc")],
+ORDERS = [f"{script} --order {order}" for script in ("wd1.py", "baselines/diffu_grpo.py")
+          for order in ("confidence", "top_prob")]
+PLUSPLUS = [f"wd1.py --plusplus --order {order}" for order in ("confidence", "top_prob")]
+
+
+def gdsd(prompts: int, G: int, minibatches: int, lr: str, psi: float, order: str, more: str = "",
+         num_mc: int = 1, passes: int = 1) -> str:
+    """A command of GDSD, every setting in it that was varied."""
+    return " ".join(f"""gdsd.py --prompts {prompts} --G {G} --minibatches {minibatches} --lr {lr} --psi {psi}
+        --num_mc {num_mc} --passes {passes} --order {order} {more}""".split())
+
+
+TRIED = {
+    "sudoku": ORDERS + [gdsd(*setting) for setting in (
+        (16, 16, 4, "1e-4", 0.2, "top_prob", "", 2, 2), (16, 16, 4, "1e-4", 0.2, "top_prob"),
+        (16, 16, 4, "1e-4", 1, "top_prob"), (16, 16, 4, "3e-5", 1, "top_prob"),
+        (16, 16, 1, "1e-4", 0.2, "top_prob"), (16, 16, 1, "2e-4", 1, "top_prob"),
+        (8, 16, 2, "1e-4", 1, "top_prob"), (16, 16, 4, "2e-4", 1, "top_prob"),
+        (16, 16, 4, "4e-4", 1, "top_prob"), (16, 16, 8, "2e-4", 1, "top_prob"),
+        (16, 16, 4, "1e-4", 1, "top_prob", "--match tlc"), (16, 16, 4, "2e-4", 1, "top_prob", "--match tlc"),
+        (32, 8, 4, "1e-4", 0.2, "top_prob"), (32, 8, 8, "2e-4", 1, "top_prob"),
+        (32, 8, 8, "2e-4", 0.625, "confidence"), (32, 8, 8, "3e-4", 0.625, "confidence"),
+        (64, 8, 16, "2e-4", 0.625, "confidence"), (32, 8, 8, "2e-4", 0.625, "confidence", "--match tlc"))],
+    "countdown": [*ORDERS, *PLUSPLUS, f"{PLUSPLUS[0]} --lr 1e-4"] + [gdsd(*setting) for setting in (
+        (16, 8, 2, "2e-4", 1, "confidence"), (16, 8, 2, "2e-4", 1, "top_prob"),
+        (16, 8, 2, "2e-4", 1.25, "confidence"), (32, 8, 4, "2e-4", 0.625, "confidence"),
+        (32, 8, 4, "2e-4", 1.25, "confidence"), (32, 8, 4, "2e-4", 1.25, "confidence", "--match tlc"))],
+}
+AGAIN = {  # with a second seed
+    "sudoku": [],
+    "countdown": ["egspo.py --order confidence", "egspo.py --order top_prob", "rldf.py --p_min 0",
+                  "rldf.py --p_min 0.6", PLUSPLUS[0]],
 }
 FIXED = "--updates 10000 --eval_every 10000 --save_every 10000 --eval_rows 512 --eval_threshold 0"
 
@@ -96,7 +95,8 @@ def tune(task: str, jobs: int):
     there = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     done = {(row["task"], row["seed"], row["command"]) for row in there
             if row["base"] == digest(BASES / f"{row['task']}-0")}
-    missing = [job for job in TRIED[task] if (task, *job) not in done]
+    wanted = [(seed, command) for seed, commands in ((11, TRIED), (12, AGAIN)) for command in commands[task]]
+    missing = [job for job in wanted if (task, *job) not in done]
     with tempfile.TemporaryDirectory() as folder:
         rows = find(task).TINY.sources["validation"]()
         Path(folder, "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
