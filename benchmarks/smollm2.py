@@ -37,7 +37,7 @@ METHODS = {
     "EGSPO-SA": "egspo.py --K 2 --beta 0", "RLDF": "rldf.py --K 2 --beta 0",
     "wd1": "wd1.py --passes 2", "GDSD": "gdsd.py --num_mc 1 --passes 2 --beta 0",
 }
-EQUAL = "--task word_problems --prompts 8 --G 8 --lr 2e-5"  # for all methods
+EQUAL = "--task word_problems --prompts 4 --G 8 --lr 2e-5"  # for all methods
 # SmolLM2's own chat template without its system prompt, which takes 20 tokens of each 70.
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
             "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>"

@@ -16,6 +16,9 @@ theirs were trained for hours on GPUs with general data, so they answer anything
 one task in minutes.
 
 --shift: the prediction for position i stays at position i - 1, where the causal model made it (as in Dream).
+Measured on SmolLM2-135M (word problems, L 8, batch 8, lr 2e-4, one seed; from the same weights, on the same
+demonstrations): mean loss of the first 320 demonstrations 1.64 with it and 1.99 without; validation loss
+after them 0.59 and 0.58, a tie. It begins faster, so it is the default.
 
 Killed or stopped, the same command goes on, bit for bit on a CPU.
 
@@ -72,7 +75,7 @@ class Settings:
     # What is learned.
     L: int = 16  # tokens of an answer, those behind it EOS
     batch: int = 8  # demonstrations per step
-    lr: float = 1e-4
+    lr: float = 2e-4
     warmup: int = 20  # steps over which the rate rises to lr
     grad_norm: float = 1.0
 
