@@ -26,9 +26,11 @@ python plumbing/a2d.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out runs/base  
 python egspo.py --model runs/base/model --task word_problems --L 16 --S 8 --block 16 --lr 1e-5 --beta 0
 """
 
+import fcntl
 import importlib.util
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -366,8 +368,9 @@ def check(settings: Settings):
                "the blocks and divides L")
 
 
-def take_folder(settings: Settings):
-    """Make the folder and write args.json; refuse one that holds something else, or another conversion."""
+def take_folder(settings: Settings) -> int:
+    """Make the folder and write args.json; refuse one that holds something else, or another conversion, or
+    that another process works in. Returns what holds it for this process: an open folder."""
     out = Path(settings.out)
     places = {"model": locate(settings.model, settings.revision), "chat_template": settings.chat_template,
               "data": settings.data, "test_data": settings.test_data}
@@ -384,10 +387,16 @@ def take_folder(settings: Settings):
         elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
             refuse(f"{out} exists and holds no conversion to go on with: choose another --out")
         out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse(f"another process is at work in {out}")
         text = json.dumps(wanted, indent=1)
         write_whole(out / "args.json", lambda file: file.write(text.encode()))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         refuse(f"--out {out} cannot be used: {one_line(error)}")
+    return lock
 
 
 def main():
@@ -401,7 +410,7 @@ def main():
     model.network.to(device)
     prompts, answers, task = demonstrations(settings, bool(model.tokenizer.chat_template))
     check_lengths(model, prompts, answers, task, settings)
-    take_folder(settings)
+    lock = take_folder(settings)
     conversion = Conversion(settings, model, prompts, answers, task)
     try:
         conversion.run()
@@ -412,6 +421,8 @@ def main():
         raise SystemExit(130) from None
     except (OSError, RuntimeError) as error:  # a full disk, or memory
         sys.exit(f"error: {one_line(error)}; {settings.out} keeps the last checkpoint")
+    finally:
+        os.close(lock)
     last = conversion.progress["log"][-1]
     print(f"{last['solved']:.1%} of {last['rows']} validation rows solved after {last['examples']} "
           f"demonstrations and {last['seconds'] / 60:.0f} minutes; to train it:\npython egspo.py --model "

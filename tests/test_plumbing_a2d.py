@@ -1,7 +1,9 @@
 """From a causal model to a masked diffusion model: what is loaded is what was learned, it sees both ways, a
 killed conversion goes on as if nothing had happened, and what cannot be converted is refused in one line."""
 
+import fcntl
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -227,6 +229,10 @@ def test_what_is_refused(data, tmp_path, monkeypatch, capfd):
     assert "holds no conversion" in told("--out", tmp_path / "causal")
     convert(monkeypatch, *right)
     assert "other lr" in told("--lr", 1e-3)
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert "another process is at work" in told()
+    os.close(held)
     (out / "state.pt").write_bytes((out / "state.pt").read_bytes()[:-1000])
     assert "state.pt cannot be used" in told()
     monkeypatch.setattr(a2d.importlib.util, "find_spec", lambda package: None)
