@@ -178,6 +178,19 @@ def line_of(command: str, out: Path, busy: float = 1.0) -> dict:
     run its last one. The seconds are multiplied by it, so that they are about those of a quiet machine."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])
+    curve, update = curve_of(lines, busy)
+    kept = ("nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full", "equal_groups", "entropy")
+    decoded = [[line["threshold_accuracy"], line["threshold_nfe_per_row"]] for line in (lines[0], lines[-1])]
+    correct = np.packbits([int(c) for _, c in last["answers"]]).tobytes().hex()
+    return {"command": command, "seconds": round(busy * update["seconds"], 1), **{k: update[k] for k in kept},
+            "curve": curve, "adaptive": decoded, "rows": last["rows"], "correct": correct,
+            "commit": git_commit(), "torch": last["torch"], "base": digest(base_of(command)),
+            "machine": machine()}
+
+
+def curve_of(lines: list[dict], busy: float = 1.0) -> tuple[list[list], dict]:
+    """Of the lines of a metrics.jsonl: at each evaluation the update, the seconds of RL, the forwards that
+    the papers count and the share of held-out rows solved; and the line of the last update."""
     curve, update = [], {"seconds": 0, "nfe_rollout_full": 0, "nfe_update_full": 0}
     for line in lines:
         if "eval_accuracy" in line:
@@ -186,13 +199,11 @@ def line_of(command: str, out: Path, busy: float = 1.0) -> dict:
             curve.append([line["update"], seconds, forwards, line["eval_accuracy"]])
         else:
             update = line
-    kept = ("nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full", "equal_groups", "entropy")
-    decoded = [[line["threshold_accuracy"], line["threshold_nfe_per_row"]] for line in (lines[0], lines[-1])]
-    correct = np.packbits([int(c) for _, c in last["answers"]]).tobytes().hex()
-    return {"command": command, "seconds": round(busy * update["seconds"], 1), **{k: update[k] for k in kept},
-            "curve": curve, "adaptive": decoded, "rows": last["rows"], "correct": correct,
-            "commit": git_commit(), "torch": last["torch"], "base": digest(base_of(command)),
-            "machine": f"{processor()}, one thread of {os.cpu_count()}"}
+    return curve, update
+
+
+def machine() -> str:
+    return f"{processor()}, one thread of {os.cpu_count()}"
 
 
 def processor() -> str:

@@ -27,7 +27,7 @@ class Flags:
     model: str = "tiny"  # "tiny" (the kept base of the task), a transformers folder or hub id
     revision: str | None = None  # of the hub id; without one a cached copy is used as it is
     mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
-    task: str = "sudoku"  # sudoku, gsm8k, math, countdown, mbpp, humaneval, or a file of yours: my/task.py
+    task: str = "sudoku"  # sudoku, countdown, gsm8k, word_problems, math, mbpp, humaneval; or my/task.py
     data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
     test_data: str = ""  # local held-out rows
     updates: int = 200  # rollouts, each with its optimizer steps; of a resumed run: in all

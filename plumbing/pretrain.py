@@ -116,13 +116,13 @@ def loss_of(model: Denoiser, prompts: list[str], answers: list[str], L: int, rng
     """The objective of a batch of demonstrations."""
     prompt, prompt_mask = encode(model, prompts)
     ids = model.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    target = torch.tensor([row + [model.eos_id] * (L - len(row)) for row in ids])  # (batch, L)
-    k = rng.integers(1, L + 1, size=(len(ids), 1))
-    hidden = torch.from_numpy(rng.random((len(ids), L)).argsort(1).argsort(1) < k)
+    target = torch.tensor([row + [model.eos_id] * (L - len(row)) for row in ids], device=model.device)
+    k = torch.from_numpy(rng.integers(1, L + 1, size=(len(ids), 1)))
+    hidden = (torch.from_numpy(rng.random((len(ids), L)).argsort(1).argsort(1)) < k).to(model.device)
     x = torch.cat([prompt, target.masked_fill(hidden, model.mask_id)], 1)
     logits = model.head(model.body(x, attention(prompt_mask, L))[:, -L:][hidden])  # (hidden tokens, V)
     loss = torch.nn.functional.cross_entropy(logits, target[hidden], reduction="none")
-    return (loss / torch.from_numpy(k).expand(-1, L)[hidden]).sum() / len(ids)
+    return (loss / k.to(model.device).expand(-1, L)[hidden]).sum() / len(ids)
 
 
 def solved_share(model: Denoiser, task: Task, S: int) -> float:
