@@ -127,23 +127,28 @@ def draw():
 
 
 def traces(out: Path):
-    """Print what is on the canvas before each step, of three held-out rows, before and after RL."""
+    """Print what is on the canvas before each step, before and after RL, of the first three held-out rows
+    that the two answer differently."""
     from plumbing.models import load_model
 
     best = max(finished(), key=lambda row: row["curve"][-1][-1])
-    rows = load("word_problems", chat=True, train=False).test[:3]
+    task, told = load("word_problems", chat=True, train=False), {}
+    rows = task.test[:16]
     for name in ("base", f"{best['method']}-{best['seed']}"):
-        model, task = load_model(str(out / name / "model")), load("word_problems", chat=True, train=False)
+        model = load_model(str(out / name / "model"))
         roll = denoise(model, *encode(model, [row["prompt"] for row in rows]), [], **SHAPE, temperature=0)
         _, parts, texts = reward_rows(model, task, roll.completion, rows)
         for i, row in enumerate(rows):
-            print(f"{name}: {row['question']} ({row['answer']})")
-            for s in range(SHAPE["S"] + 1):
-                tokens = model.tokenizer.convert_ids_to_tokens(roll.completion[i].tolist())
-                shown = [t if step < s else "_" for t, step in
+            tokens = model.tokenizer.convert_ids_to_tokens(roll.completion[i].tolist())
+            lines = [f"{name}: {texts[i]}, {'right' if parts['correct'][i] else 'wrong'}"]
+            for s in range(1, SHAPE["S"] + 1):  # after s steps
+                shown = [token if step < s else "_" for token, step in
                          zip(tokens, roll.revealed_at[i].tolist(), strict=True)]
-                print(f"    {s}  {' '.join(shown).replace(model.tokenizer.eos_token, '.')}")
-            print(f"    -> {texts[i]} {'right' if parts['correct'][i] else 'wrong'}")
+                lines.append("    " + " ".join(shown).replace(model.tokenizer.eos_token, "<end>"))
+            told.setdefault(row["question"], []).append((texts[i], lines))
+    differ = [(question, pair) for question, pair in told.items() if pair[0][0] != pair[1][0]]
+    for question, pair in differ[:3]:
+        print(question, *pair[0][1], *pair[1][1], "", sep="\n")
 
 
 def main(args: Args):
