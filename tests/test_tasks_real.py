@@ -617,6 +617,7 @@ REWARDS = {
     "countdown": {"target": 24, "nums": [2, 3, 4]},
     "mbpp": MBPP,
     "humaneval": HUMANEVAL,
+    "word_problems": {"question": "How many?", "answer": "1018", "steps": 1},
 }
 PIECES = ["<answer>", "</answer>", "\\boxed{", "}", "{", "\\", "```python\n", "```", "\n", " ", "=", "2*3*4",
           "1,018", "3142243142131324", "-", "(", ")", "**", "9" * 30, "\\frac{1}{2}", "x", "é", "１８",
@@ -624,8 +625,8 @@ PIECES = ["<answer>", "</answer>", "\\boxed{", "}", "{", "\\", "```python\n", "`
           "def add(pair): return 3", "^{", "!"]
 
 
-WRAP = {"gsm8k": "\\boxed{{{}}}", "math": "\\boxed{{{}}}", "mbpp": "```python\n{}",
-        "humaneval": "```python\n{}"}
+WRAP = {"gsm8k": "\\boxed{{{}}}", "math": "\\boxed{{{}}}", "word_problems": "\\boxed{{{}}}",
+        "mbpp": "```python\n{}", "humaneval": "```python\n{}"}
 COUNT = {"math": 60, "mbpp": 20, "humaneval": 20}  # these start processes
 
 
@@ -925,10 +926,10 @@ def test_refused_rows(tmp_path, name, raw, message):
 
 
 def test_refused_tasks():
-    every = "countdown, gsm8k, humaneval, math, mbpp, sudoku"
+    every = "countdown, gsm8k, humaneval, math, mbpp, sudoku, word_problems"
     with pytest.raises(ValueError, match=f"^unknown task 'chess': choose from {every}$"):
         load("chess", chat=True)
-    for name in ("gsm8k", "math", "mbpp", "humaneval"):
+    for name in ("gsm8k", "math", "mbpp", "humaneval", "word_problems"):
         with pytest.raises(ValueError, match=f"^{name} needs a model with a chat template$"):
             load(name, chat=False)
 
