@@ -227,7 +227,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
 SUDOKU = dict(updates=32, eval_every=8)
-COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, psi=1.25, updates=120, eval_every=30)
+COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, psi=1.0, updates=120, eval_every=30)
 # Released (llada_gsm8k, commit 7c152d3): G, L, S, block, T, num_mc, mu, AdamW, clip, lr (theirs of a LoRA of
 # rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3, here 0.064 (MATH 1e-4, Countdown 3e-3).
 # Ours: 2 prompts, theirs 20; all weights; logp, theirs TLC with topk 64 and elbo; psi 10 / L and no clamp; no
