@@ -8,7 +8,6 @@ python benchmarks/compare.py            all runs that are missing; --study main 
 python benchmarks/compare.py --report   the tables of README.md and results/README.md, and the figures
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import tables  # noqa: E402
+from plumbing.folder import hold  # noqa: E402
 from plumbing.parallel import one_line, refuse  # noqa: E402
 from plumbing.pretrain import TINY  # noqa: E402
 from plumbing.report import plot_methods  # noqa: E402
@@ -163,17 +163,14 @@ def execute(command: str) -> dict:
 
 def at_work(out: Path) -> bool:
     """Whether a process holds this run folder, as a run does from its start, before it has a checkpoint."""
-    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(hold(out))
     except BlockingIOError:
         return True
-    finally:
-        os.close(folder)
     return False
 
 
-def line_of(command: str, out: Path, busy: float = 1.0) -> dict:
+def line_of(command: str, out: Path, busy: float) -> dict:
     """The line of the finished run in a folder. busy: the share of a core that the process had, of a resumed
     run its last one. The seconds are multiplied by it, so that they are about those of a quiet machine."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -247,13 +244,6 @@ def base_configs() -> dict[str, dict]:
             for folder in folders if folder.is_dir()}
 
 
-def knows(task: str) -> list[float]:
-    """What each kept base knew at the end of its first phase: the share of the held-out rows that it solved
-    with one token a step. This is what RL can bring out."""
-    return [config["knows"]["test_one_token"] for config in base_configs().values()
-            if config["tiny_task"] == task]
-
-
 def every_table() -> dict[str, str]:
     """Every generated text, by the name in its marks."""
     def lines(name: str) -> list[dict]:
@@ -261,7 +251,11 @@ def every_table() -> dict[str, str]:
 
     there = finished()
     main = {task: {method: runs_of(there, method, task) for method in MAIN} for task in TINY}
-    tuned = lines("tuning.jsonl")
+    tuned, configs = lines("tuning.jsonl"), base_configs()
+    # What the bases of a task knew at the end of their first phase, with one token a step: what RL can bring
+    # out.
+    known = {task: [config["knows"]["test_one_token"] for config in configs.values()
+                    if config["tiny_task"] == task] for task in TINY}
     changed = [(method, change, runs_of(there, method, "sudoku", change))
                for method, changes in ABLATIONS.items() for change in ["", *changes]]
     varied = {method for method, change, runs in changed if change and runs}  # with something to compare
@@ -269,9 +263,9 @@ def every_table() -> dict[str, str]:
     long = [there[c] for seed in (1, 2, 3) for method in LONG
             if (c := command_of(method, "sudoku", 0, seed, long_change(method))) in there]
     return {
-        "bases": tables.bases_table(base_configs()),
-        "main": tables.main_table(main, {task: knows(task) for task in TINY}, WHEN),
-        **{f"budget {task}": tables.budget_table(main[task], MAIN, PAPER[task], knows(task))
+        "bases": tables.bases_table(configs),
+        "main": tables.main_table(main, known, WHEN),
+        **{f"budget {task}": tables.budget_table(main[task], MAIN, PAPER[task], known[task])
            for task in TINY},
         "long": tables.long_table(long),
         "ablations": tables.ablation_table(changed),

@@ -13,6 +13,7 @@ finished run is a line of results/smollm2.jsonl and is not repeated.
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def make_base(args: Args, out: Path) -> Path:
     return base
 
 
-def make_run(args: Args, out: Path, base: Path, method: str, seed: int) -> dict:
-    """Make a run or go on with it; returns its line."""
+def make_run(args: Args, out: Path, base: Path, weights: str, method: str, seed: int) -> dict:
+    """Make a run or go on with it; returns its line. weights: the digest of the base."""
     script, *own = METHODS[method].split()
     words = [*own, *EQUAL.split(), *flags(SHAPE), "--model", base / "model", "--seed", seed]
     folder, log, spent = out / f"{method}-{seed}", out / f"{method}-{seed}.log", 0.0
@@ -95,7 +96,7 @@ def make_run(args: Args, out: Path, base: Path, method: str, seed: int) -> dict:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         spent = curve_of(lines)[1]["seconds"] / 60
     elif folder.exists():
-        subprocess.run(["rm", "-r", folder], check=True)  # killed before its first checkpoint
+        shutil.rmtree(folder)  # killed before its first checkpoint
     if not (folder / "model").is_dir() or args.minutes > spent:
         start = ["--resume", folder] if folder.exists() else [*words, "--out", folder]
         free = dict(updates=10000, minutes=max(0.01, args.minutes - spent), save_every=20,
@@ -109,7 +110,7 @@ def make_run(args: Args, out: Path, base: Path, method: str, seed: int) -> dict:
     return {"method": method, "seed": seed, "command": " ".join(["python", script, *map(str, words)]),
             "minutes": args.minutes, "curve": curve, **{k: update[k] for k in kept}, "rows": last["rows"],
             "commit": git_commit(), "torch": last["torch"], "machine": machine(), "settings": last["args"],
-            "base": digest(base / "model"), "answers": last["answers"],
+            "base": weights, "answers": last["answers"],
             "conversion": [json.loads(line) for line in (base / "log.jsonl").read_text().splitlines()]}
 
 
@@ -160,11 +161,12 @@ def main(args: Args):
         refuse(f"--methods are some of {','.join(METHODS)}, and --seeds is at least 1")
     out.mkdir(parents=True, exist_ok=True)
     base = make_base(args, out)
+    weights = digest(base / "model")
     for seed in range(1, args.seeds + 1):
         for method in wanted:
             there = {(row["method"], row["seed"], row["base"], row["minutes"]) for row in finished()}
-            if (method, seed, digest(base / "model"), args.minutes) not in there:
-                row = make_run(args, out, base, method, seed)
+            if (method, seed, weights, args.minutes) not in there:
+                row = make_run(args, out, base, weights, method, seed)
                 with open(RESULTS, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 first, last = row["curve"][0][-1], row["curve"][-1][-1]

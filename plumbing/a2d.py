@@ -26,7 +26,6 @@ python plumbing/a2d.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out runs/base  
 python egspo.py --model runs/base/model --task word_problems --L 16 --S 8 --block 16 --lr 1e-5 --beta 0
 """
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -49,9 +48,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder
 import tasks  # noqa: E402
 from common import Denoiser, Task, chat_prompt  # noqa: E402
 from plumbing import parallel  # noqa: E402
-from plumbing.folder import fingerprint, load_checked, write_whole  # noqa: E402
+from plumbing.folder import fingerprint, hold, load_checked, write_whole  # noqa: E402
 from plumbing.models import (KINDS, MASKS, NOT_OURS, STOCK, check_prompts, check_weights,  # noqa: E402
-                             is_adapter, is_bidirectional, locate, read_ids, release_memory, save_model)
+                             is_bidirectional, locate, read_ids, refuse_adapter, release_memory,
+                             save_model, unused_ids)
 from plumbing.parallel import one_line, refuse  # noqa: E402
 from plumbing.pretrain import loss_of  # noqa: E402
 from plumbing.run import evaluate, longest_prompt  # noqa: E402
@@ -117,8 +117,8 @@ def load_causal(
             refuse(f"unknown model {name!r}: use a transformers folder, a hub id, or a .gguf file")
         where, options = locate(name, revision), {"revision": revision or "main"}
     try:
-        if not gguf and is_adapter(where, revision):
-            refuse(f"{name} holds an adapter (LoRA), which is not loaded: merge it into its model first")
+        if not gguf:
+            refuse_adapter(name, where, revision)
         raw, _ = PreTrainedConfig.get_config_dict(where, **options)
         kind = raw.get("model_type")
         if kind in KINDS or raw.get("is_causal") is False:
@@ -178,7 +178,7 @@ def convert(settings: Settings) -> Denoiser:
     model = Denoiser(None, tokenizer, *ids, settings.shift)
     check_prompts(settings.model, model, reads_words=True)
     config.mask_token_id = model.mask_id
-    model.excluded = tuple(sorted(set(range(config.vocab_size)) - set(tokenizer.get_vocab().values())))
+    model.excluded = unused_ids(tokenizer, config.vocab_size)
     model.network = network.eval()
     if not is_bidirectional(model):
         refuse(f"{settings.model} stays causal: a masked position does not see the tokens after it")
@@ -387,13 +387,11 @@ def take_folder(settings: Settings) -> int:
         elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
             refuse(f"{out} exists and holds no conversion to go on with: choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse(f"another process is at work in {out}")
+        lock = hold(out)
         text = json.dumps(wanted, indent=1)
         write_whole(out / "args.json", lambda file: file.write(text.encode()))
+    except BlockingIOError:
+        refuse(f"another process is at work in {out}")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         refuse(f"--out {out} cannot be used: {one_line(error)}")
     return lock

@@ -6,6 +6,7 @@
     before.pt       what the model before training answered, for trace.html
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,22 @@ from typing import BinaryIO
 import torch
 
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors")  # what loading a model reads
+
+
+def hold(folder: Path) -> int:
+    """Open a folder and lock it for this process, until the descriptor that is returned is closed. Where a
+    folder cannot be locked, on some network file systems, it is only opened.
+
+    BlockingIOError if another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass
+    return descriptor
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object]):

@@ -114,12 +114,20 @@ def is_block_diffusion(name: str, raw: dict, where: str) -> bool:
                 or any(b"block_size" in f.read_bytes() for f in Path(where).glob("training_args.bin")))
 
 
-def is_adapter(where: str, revision: str | None) -> bool:
-    """Is there an adapter in the folder or under the hub id, alone or beside the weights of a whole model?"""
-    if not Path(where).is_dir():
-        return find_adapter_config_file(where, revision=revision or "main") is not None
-    return any(re.search(r"^adapter|(^|[^a-z])lora", file.name, re.IGNORECASE)
-               and file.suffix in (".json", ".safetensors", ".bin") for file in Path(where).iterdir())
+def refuse_adapter(name: str, where: str, revision: str | None):
+    """Refuse an adapter in the folder or under the hub id, alone or beside the weights of a whole model."""
+    if Path(where).is_dir():
+        found = any(re.search(r"^adapter|(^|[^a-z])lora", file.name, re.IGNORECASE)
+                    and file.suffix in (".json", ".safetensors", ".bin") for file in Path(where).iterdir())
+    else:
+        found = find_adapter_config_file(where, revision=revision or "main") is not None
+    if found:
+        refuse(f"{name} holds an adapter (LoRA), which is not loaded: merge it into its model first")
+
+
+def unused_ids(tokenizer: PreTrainedTokenizerFast, V: int) -> tuple[int, ...]:
+    """Ids of a vocabulary of V that are no token of the tokenizer."""
+    return tuple(sorted(set(range(V)) - set(tokenizer.get_vocab().values())))
 
 
 def without_memory(config: PreTrainedConfig) -> PreTrainedModel:
@@ -150,8 +158,7 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
                "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1")
     where = locate(name, revision)
     try:
-        if is_adapter(where, revision):
-            refuse(f"{name} holds an adapter (LoRA), which is not loaded: merge it into its model first")
+        refuse_adapter(name, where, revision)
         raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
         kind = raw.get("model_type")
         if kind not in STOCK and kind not in KINDS:
@@ -241,7 +248,7 @@ def load_model(
             where, config=config, key_mapping=LLADA_NAMES if kind == "llada" else None, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True, **hub)
         check_weights(name, network, report, locate(name, revision))
-        model.excluded = tuple(sorted(set(range(config.vocab_size)) - set(tokenizer.get_vocab().values())))
+        model.excluded = unused_ids(tokenizer, config.vocab_size)
         model.network = network.eval().to(device)
         if not is_bidirectional(model):
             refuse(f"{name} is causal: a masked position does not see the tokens after it")

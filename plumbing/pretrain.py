@@ -116,7 +116,8 @@ def loss_of(model: Denoiser, prompts: list[str], answers: list[str], L: int, rng
     """The objective of a batch of demonstrations."""
     prompt, prompt_mask = encode(model, prompts)
     ids = model.tokenizer(answers, add_special_tokens=False)["input_ids"]
-    target = torch.tensor([row + [model.eos_id] * (L - len(row)) for row in ids], device=model.device)
+    target = [row + [model.eos_id] * (L - len(row)) for row in ids]
+    target = torch.tensor(target, device=model.device)  # (batch, L)
     k = torch.from_numpy(rng.integers(1, L + 1, size=(len(ids), 1)))
     hidden = (torch.from_numpy(rng.random((len(ids), L)).argsort(1).argsort(1)) < k).to(model.device)
     x = torch.cat([prompt, target.masked_fill(hidden, model.mask_id)], 1)

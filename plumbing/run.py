@@ -6,7 +6,6 @@ and the trace at the end of a run are in report.py, the files of a run folder in
 """
 
 import contextlib
-import fcntl
 import functools
 import importlib
 import inspect
@@ -32,7 +31,7 @@ import tasks
 from common import Denoiser, Run, Task, attention, chat_prompt, encode, reward_rows, roll_out, step_means
 from plumbing import parallel
 from plumbing.flags import parse_args, reads_data
-from plumbing.folder import fingerprint, load_checked, read_lines, write_through, write_whole
+from plumbing.folder import fingerprint, hold, load_checked, read_lines, write_through, write_whole
 from plumbing.parallel import one_line, refuse
 from plumbing.report import SHOWN, comparable, plot, print_report, trace
 from plumbing.surroundings import settle
@@ -292,14 +291,10 @@ class FolderRun(Run):
         self.tracker = settings.track  # None once it has failed; a resumed run tries again
         self.writes = parallel.rank() == 0
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.out, os.O_RDONLY)
         try:
-            if self.writes:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = hold(self.out) if self.writes else os.open(self.out, os.O_RDONLY)
         except BlockingIOError:
             refuse(f"another process is at work in {self.out}")
-        except OSError:  # a network file system that cannot lock a folder
-            pass
 
     def updates(self, model: Denoiser, optimizer: torch.optim.Optimizer) -> Iterator[int]:
         """Yield the updates that are still to be made. Between them: save and evaluate where due.
