@@ -48,10 +48,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script of this folder
 import tasks  # noqa: E402
 from common import Denoiser, Task, chat_prompt  # noqa: E402
 from plumbing import parallel  # noqa: E402
+from plumbing.flags import check_shape  # noqa: E402
 from plumbing.folder import fingerprint, hold, load_checked, write_whole  # noqa: E402
-from plumbing.models import (KINDS, MASKS, NOT_OURS, STOCK, check_prompts, check_weights,  # noqa: E402
-                             is_bidirectional, locate, read_ids, refuse_adapter, release_memory,
-                             save_model, unused_ids)
+from plumbing.models import (KINDS, MASKS, NOT_OURS, STOCK, check_layers, check_prompts,  # noqa: E402
+                             check_stored, check_weights, is_bidirectional, locate, read_ids,
+                             refuse_adapter, release_memory, save_model, unused_ids)
 from plumbing.parallel import one_line, refuse  # noqa: E402
 from plumbing.pretrain import loss_of  # noqa: E402
 from plumbing.run import evaluate, longest_prompt  # noqa: E402
@@ -127,8 +128,11 @@ def load_causal(
             refuse(f"{name} is a {kind!r} model; the kinds that can be converted are: {', '.join(CAUSAL)}")
         fields = {k: v for k, v in raw.items() if k not in NOT_OURS}
         fields |= {"use_sliding_window": False, "layer_types": None} if kind != "llama" else {}
+        check_layers(name, fields)
         config = STOCK[kind][1].from_dict(fields)
         config.is_causal = config.use_cache = False
+        if not gguf:
+            check_stored(name, where, config)
         tokenizer = (AutoTokenizer if gguf else PreTrainedTokenizerFast).from_pretrained(where, **options)
         network, report = STOCK[kind][0].from_pretrained(
             where, config=config, dtype=torch.float32, output_loading_info=True,
@@ -362,10 +366,7 @@ def check(settings: Settings):
             refuse(f"--{name} must be a finite number above 0")
     if not 0 <= settings.until <= 1:
         refuse("--until is a share, from 0 to 1")
-    L, S, block = settings.L, settings.S, settings.block
-    if L % block or L % S or S % (L // block):
-        refuse(f"--L {L}, --S {S} and --block {block} do not fit: block divides L, and S is a multiple of "
-               "the blocks and divides L")
+    check_shape(settings.L, settings.S, settings.block)
 
 
 def take_folder(settings: Settings) -> int:

@@ -159,6 +159,14 @@ def tiny_task(name: str) -> str | None:
         return None
 
 
+def check_shape(L: int, S: int, block: int):
+    """Refuse a completion length, steps and block length unless all steps reveal equally many tokens."""
+    if L % block:
+        refuse(f"--L {L} is not a multiple of --block {block}")
+    if L % S or S % (L // block):
+        refuse(f"--S {S} does not fit: it must divide --L {L} and be a multiple of its {L // block} blocks")
+
+
 def check(settings: SimpleNamespace, method: str):
     """Stop early on settings that cannot work; fill in the default --out."""
     for name in ("out", "resume", *FILES):
@@ -203,11 +211,7 @@ def check(settings: SimpleNamespace, method: str):
     if settings.prompts % settings.minibatches:
         refuse(f"--minibatches {settings.minibatches} must divide --prompts {settings.prompts}: "
                "groups stay whole")
-    if settings.L % settings.block:
-        refuse(f"--L {settings.L} is not a multiple of --block {settings.block}")
-    if settings.L % settings.S or settings.S % (settings.L // settings.block):
-        refuse(f"--S {settings.S} does not fit: it must divide --L {settings.L} and be a multiple of its "
-               f"{settings.L // settings.block} blocks")
+    check_shape(settings.L, settings.S, settings.block)
     task = Path(settings.task).stem
     default = f"eval-{task}" if settings.eval_only else f"{method}-{task}-{settings.seed}"
     settings.out = settings.resume or settings.out or f"runs/{default}"

@@ -150,6 +150,23 @@ def count_stored(folder: str) -> int:
     return total
 
 
+def check_layers(name: str, fields: dict):
+    """Refuse more layers than any model has, before a network is built from the fields of a config.json."""
+    layers = fields.get("num_hidden_layers")
+    if type(layers) is int and layers > LAYERS:
+        refuse(f"{name} has {layers} layers in its config.json; at most {LAYERS} can be loaded")
+
+
+def check_stored(name: str, where: str, config: PreTrainedConfig):
+    """Refuse a config whose network needs many more numbers than the files in the folder have. Where little
+    is missing, check_weights says what."""
+    network = without_memory(config)
+    assert all(p.numel() for p in network.parameters()), "a network without weights"
+    stored, needed = count_stored(where), count(network)
+    if stored and needed > 2 * stored + 10**8:
+        refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json {needed:.1e}")
+
+
 def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedConfig]:
     """(model_type, config.json as it is, config for the stock class). Refuses what is no such model."""
     hub_id = name.count("/") == 1 and name[0] not in "./~"
@@ -176,21 +193,14 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
                 refuse(f"{name} is a LLaDA that is no Llama: {', '.join(f'{k} {raw[k]!r}' for k in beyond)}")
             fields = {ours: raw[theirs] for ours, theirs in LLADA_CONFIG.items()}
             fields["vocab_size"] = raw.get("embedding_size") or raw["vocab_size"]
-        layers = fields.get("num_hidden_layers")
-        if type(layers) is int and layers > LAYERS:
-            refuse(f"{name} has {layers} layers in its config.json; at most {LAYERS} can be loaded")
+        check_layers(name, fields)
         if KINDS.get(kind) in ("qwen2", "qwen3"):  # the hub's code has no window, whatever config.json says
             fields |= {"use_sliding_window": False, "layer_types": None}
         config = STOCK[KINDS.get(kind, kind)][1].from_dict(fields)
         config.is_causal = config.use_cache = False
         config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
         assert type(config.logits_shift) is bool, f"logits_shift {config.logits_shift!r}"
-        network = without_memory(config)
-        assert all(p.numel() for p in network.parameters()), "a network without weights"
-        stored, needed = count_stored(where), count(network)
-        if stored and needed > 2 * stored + 10**8:  # where little is missing, check_weights says what
-            refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json "
-                   f"{needed:.1e}")
+        check_stored(name, where, config)
     except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     return kind, raw, config

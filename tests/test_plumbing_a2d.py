@@ -205,6 +205,10 @@ def test_what_is_refused(data, tmp_path, monkeypatch, capfd):
     write("modernbert", tmp_path / "modernbert")
     causal(tmp_path / "poor")
     (tmp_path / "poor" / "model.safetensors").unlink()
+    for folder, layers in (("deep", 1001), ("hollow", 900)):  # more than any model has; than the files have
+        config = causal(tmp_path / folder) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {
+            "num_hidden_layers": layers, "hidden_size": 8192, "intermediate_size": 8192}))
     causal(tmp_path / "mute")
     (tmp_path / "mute" / "chat_template.jinja").unlink()
     long = tmp_path / "long.jsonl"
@@ -215,12 +219,15 @@ def test_what_is_refused(data, tmp_path, monkeypatch, capfd):
     assert "is a masked diffusion model as it is" in told("--model", tmp_path / "dream")
     assert "modernbert" in told("--model", tmp_path / "modernbert")
     assert "cannot be loaded" in told("--model", tmp_path / "poor")
+    assert "1001 layers" in told("--model", tmp_path / "deep")
+    assert "numbers in its files" in told("--model", tmp_path / "hollow")
     assert "needs a model with a chat template" in told("--model", tmp_path / "mute")
     assert "25 tokens, --L is 16" in told("--data", long)
     assert "there are 4 demonstrations" in told("--data", long, "--batch", 8)
     assert "cannot read" in told("--data", tmp_path / "nothing.jsonl")
     assert "unknown task" in told("--task", "sums")
-    assert "do not fit" in told("--block", 5)
+    assert "not a multiple of --block" in told("--block", 5)
+    assert "--S 5 does not fit" in told("--S", 5)
     assert "--batch must be" in told("--batch", 0)
     assert "--until" in told("--until", 30)
     assert "--lr" in told("--lr", 0)
