@@ -269,8 +269,8 @@ def every_table() -> dict[str, str]:
            for task in TINY},
         "long": tables.long_table(long),
         "ablations": tables.ablation_table(changed),
-        **{f"tuning {task}": tables.tuning_table([line for line in tuned if line["task"] == task])
-           for task in TINY},
+        **{f"tuning {base}": tables.tuning_table([line for line in tuned if line["base"] == weights])
+           for base, weights in ((base, digest(BASES / base)) for base in configs)},
         "tree": tables.tree_table(lines("tree.jsonl")),
         "nats": tables.nats_table(lines("tree.jsonl")),
         "gradients": tables.gradients_table(lines("gradients.jsonl")),

@@ -2,10 +2,10 @@
 
 Validation rows: their Sudoku solutions and Countdown problems are in neither RL's nor the base's training
 data; held-out rows are not looked at. The minute is CPU time, so it does not matter what else runs, and holds
-the start (some 10 s). A run starts from plumbing/bases/TASK-0, is stopped by ctrl-C when its time is up, and
+the start (some 10 s). A run starts from the named base, is stopped by ctrl-C when its time is up, and
 evaluated; one that is in results/tuning.jsonl is not repeated.
 
-python benchmarks/tune.py sudoku|countdown [jobs]        as many at a time
+python benchmarks/tune.py sudoku-1 [jobs]        or another key of TRIED; as many at a time
 """
 
 import json
@@ -39,8 +39,17 @@ def gdsd(prompts: int, G: int, minibatches: int, lr: str, psi: float, order: str
         --num_mc {num_mc} --passes {passes} --order {order} {more}""".split())
 
 
+def around(script: str, prompts: int, G: int, lr: float, other: tuple[int, int] = ()) -> list[str]:
+    """Commands of a method: its settings; half and twice the learning rate; and, with other prompts and G,
+    those, and a higher temperature."""
+    tried = [(prompts, G, lr, 1.0), (prompts, G, lr / 2, 1.0), (prompts, G, lr * 2, 1.0)]
+    tried += [(prompts, G, lr, 1.2), (*other, lr, 1.0)] if other else []
+    return [f"{script} --prompts {prompts} --G {G} --lr {lr:g} --temperature {temperature}"
+            for prompts, G, lr, temperature in tried]
+
+
 TRIED = {
-    "sudoku": ORDERS + [gdsd(*setting) for setting in (
+    "sudoku-0": ORDERS + [gdsd(*setting) for setting in (
         (16, 16, 4, "1e-4", 0.2, "top_prob", "", 2, 2), (16, 16, 4, "1e-4", 0.2, "top_prob"),
         (16, 16, 4, "1e-4", 1, "top_prob"), (16, 16, 4, "3e-5", 1, "top_prob"),
         (16, 16, 1, "1e-4", 0.2, "top_prob"), (16, 16, 1, "2e-4", 1, "top_prob"),
@@ -50,15 +59,27 @@ TRIED = {
         (32, 8, 4, "1e-4", 0.2, "top_prob"), (32, 8, 8, "2e-4", 1, "top_prob"),
         (32, 8, 8, "2e-4", 0.625, "confidence"), (32, 8, 8, "3e-4", 0.625, "confidence"),
         (64, 8, 16, "2e-4", 0.625, "confidence"), (32, 8, 8, "2e-4", 0.625, "confidence", "--match tlc"))],
-    "countdown": [*ORDERS, *PLUSPLUS, f"{PLUSPLUS[0]} --lr 1e-4"] + [gdsd(*setting) for setting in (
+    # The weakest base: what a method lacks shows there.
+    "sudoku-1": [
+        *around("egspo.py", 16, 16, 1e-4, (32, 8)), *around("rldf.py", 32, 16, 2e-4, (32, 8)),
+        *around("wd1.py", 32, 8, 3e-5, (16, 16)), *around("wd1.py --plusplus", 16, 8, 2e-4, (32, 8)),
+        *around("gdsd.py", 32, 8, 2e-4, (16, 16)), *around("baselines/diffu_grpo.py", 32, 8, 3e-5, (16, 16)),
+        *around("baselines/espo.py", 32, 8, 1e-4, (16, 16)),
+        *around("baselines/just_grpo.py", 16, 16, 1e-4, (32, 8))],
+    "countdown-0": [*ORDERS, *PLUSPLUS, f"{PLUSPLUS[0]} --lr 1e-4"] + [gdsd(*setting) for setting in (
         (16, 8, 2, "2e-4", 1, "confidence"), (16, 8, 2, "2e-4", 1, "top_prob"),
         (16, 8, 2, "2e-4", 1.25, "confidence"), (32, 8, 4, "2e-4", 0.625, "confidence"),
-        (32, 8, 4, "2e-4", 1.25, "confidence"), (32, 8, 4, "2e-4", 1.25, "confidence", "--match tlc"))],
+        (32, 8, 4, "2e-4", 1.25, "confidence"), (32, 8, 4, "2e-4", 1.25, "confidence", "--match tlc"))] + [
+        *around("egspo.py", 16, 8, 2e-4), *around("rldf.py", 16, 16, 1e-4), *around("wd1.py", 32, 8, 1e-4),
+        *around("wd1.py --plusplus", 16, 8, 2e-4), *around("gdsd.py", 16, 8, 2e-4),
+        *around("baselines/diffu_grpo.py", 32, 8, 3e-5), *around("baselines/espo.py", 16, 8, 2e-4),
+        *around("baselines/just_grpo.py", 32, 8, 1e-4)],
 }
 AGAIN = {  # with a second seed
-    "sudoku": [],
-    "countdown": ["egspo.py --order confidence", "egspo.py --order top_prob", "rldf.py --p_min 0",
-                  "rldf.py --p_min 0.6", PLUSPLUS[0]],
+    "sudoku-0": [],
+    "sudoku-1": [],
+    "countdown-0": ["egspo.py --order confidence", "egspo.py --order top_prob", "rldf.py --p_min 0",
+                    "rldf.py --p_min 0.6", PLUSPLUS[0]],
 }
 FIXED = "--updates 10000 --eval_every 10000 --save_every 10000 --eval_rows 512 --eval_threshold 0"
 
@@ -68,12 +89,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def launch(task: str, seed: int, command: str, folder: str):
+def launch(base: str, seed: int, command: str, folder: str):
     """One run; its line is added to the results."""
-    out = Path(folder, f"{command} {seed}".replace(" ", "").replace("/", ""))
+    task, out = base.split("-")[0], Path(folder, f"{command} {seed}".replace(" ", "").replace("/", ""))
     quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                  stderr=subprocess.DEVNULL)
-    where = ["--model", BASES / f"{task}-0", "--test_data", f"{folder}/validation.jsonl", "--out", out]
+    where = ["--model", BASES / base, "--test_data", f"{folder}/validation.jsonl", "--out", out]
     words = f"{command} --task {task} {FIXED} --seed {seed}".split()
     process = subprocess.Popen([sys.executable, *words, *where], **quiet)
     while process.poll() is None and cpu_seconds(process.pid) < SECONDS:
@@ -84,24 +105,22 @@ def launch(task: str, seed: int, command: str, folder: str):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     after = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])["eval_accuracy"]
     row = {"task": task, "command": command, "seed": seed, "before": lines[0]["eval_accuracy"],
-           "after": after, "update": lines[-1]["update"], "base": digest(BASES / f"{task}-0"),
+           "after": after, "update": lines[-1]["update"], "base": digest(BASES / base),
            "commit": git_commit()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{after:.1%} after {row['update']} updates: {command}, seed {seed}", flush=True)
 
 
-def tune(task: str, jobs: int):
+def tune(base: str, jobs: int):
     there = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(row["task"], row["seed"], row["command"]) for row in there
-            if row["base"] == digest(BASES / f"{row['task']}-0")}
-    wanted = [(seed, command) for seed, commands in ((11, TRIED), (12, AGAIN)) for command in commands[task]]
-    missing = [job for job in wanted if (task, *job) not in done]
+    done = {(row["seed"], row["command"]) for row in there if row["base"] == digest(BASES / base)}
+    wanted = [(seed, command) for seed, commands in ((11, TRIED), (12, AGAIN)) for command in commands[base]]
     with tempfile.TemporaryDirectory() as folder:
-        rows = find(task).TINY.sources["validation"]()
+        rows = find(base.split("-")[0]).TINY.sources["validation"]()
         Path(folder, "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda job: launch(task, *job, folder), missing))
+            list(pool.map(lambda job: launch(base, *job, folder), [job for job in wanted if job not in done]))
 
 
 if __name__ == "__main__":
