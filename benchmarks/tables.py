@@ -236,4 +236,4 @@ def fill(text: str, tables: dict[str, str]) -> str:
     def anew(found: re.Match) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]}\n<!-- end -->"
 
-    return re.sub(r"<!-- ([\w ]+) -->\n.*?\n<!-- end -->", anew, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([\w -]+) -->\n.*?\n<!-- end -->", anew, text, flags=re.DOTALL)
