@@ -267,10 +267,10 @@ def every_table() -> dict[str, str]:
         "main": tables.main_table(main, known, WHEN),
         **{f"budget {task}": tables.budget_table(main[task], MAIN, PAPER[task], known[task])
            for task in TINY},
-        "long": tables.long_table(long),
-        "ablations": tables.ablation_table(changed),
-        **{f"tuning {base}": tables.tuning_table([line for line in tuned if line["base"] == weights])
-           for base, weights in ((base, digest(BASES / base)) for base in configs)},
+        "long": tables.long_table(long, known["sudoku"][0]),
+        "ablations": tables.ablation_table(changed, known["sudoku"][:2]),
+        **{f"tuning {name}": tables.tuning_table(tried, configs[name]["knows"]["validation_one_token"])
+           for name in configs if (tried := [row for row in tuned if row["base"] == digest(BASES / name)])},
         "tree": tables.tree_table(lines("tree.jsonl")),
         "nats": tables.nats_table(lines("tree.jsonl")),
         "gradients": tables.gradients_table(lines("gradients.jsonl")),

@@ -158,22 +158,26 @@ def budget_table(
                   "k forwards to 50 %", f"after {least[1]:.0f} s", "seconds to 50 %", "paper"], rows)
 
 
-def ablation_table(runs: list[tuple[str, str, list[list[dict]]]]) -> str:
-    """A row for each (method, change of its command, runs on Sudoku)."""
-    rows = [[method, f"`{change}`" if change else "default", interval(found, clusters("sudoku")),
-             each_seed(found), adaptive(flat(found)), forwards(flat(found))]
-            for method, change, found in runs]
-    if not rows:
+def ablation_table(runs: list[tuple[str, str, list[list[dict]]]], known: list[float]) -> str:
+    """A row for each (method, change of its command, runs on Sudoku). known: by each base."""
+    if not runs:
         return "Not measured."
+    everything = flat(sum((found for _, _, found in runs), []))
+    rows = [["what the bases show", "", shows(everything), "", adaptive(everything, 0), ""],
+            ["what the bases know", "", percent(np.mean(known)), "; ".join(map(percent, known)), "", ""]]
+    rows += [[method, f"`{change}`" if change else "default", interval(found, clusters("sudoku")),
+              each_seed(found), adaptive(flat(found)), forwards(flat(found))]
+             for method, change, found in runs]
     return table(["method", "change", "solved, %", "each run; a semicolon between bases",
                   "adaptive: % (forwards a row)", "k forwards run / counted by the papers"], rows)
 
 
-def long_table(runs: list[dict]) -> str:
-    """How far longer runs get, when they first come near it, and what is left to learn from at their end."""
+def long_table(runs: list[dict], known: float) -> str:
+    """How far longer runs get, when they first come near it, and what is left to learn from at their end.
+    known: by the base, a share."""
     if not runs:
         return "Not measured."
-    rows = []
+    rows = [["what the base knows", "", percent(known), "", "", "", ""]]
     for row in runs:
         update, _, _, share = np.array(row["curve"]).T
         tenths = np.linspace(0, len(share) - 1, 11).round().astype(int)
@@ -193,12 +197,14 @@ def bases_table(configs: dict[str, dict]) -> str:
     return table(["base", "knows", "knows, one token a step", "shows", "shows, one token a step"], rows)
 
 
-def tuning_table(lines: list[dict]) -> str:
-    """What each setting solved of the validation rows in a minute, and the updates it made."""
+def tuning_table(lines: list[dict], known: float) -> str:
+    """What each setting solved of the validation rows in a minute, and the updates it made. known: by the
+    base."""
     found = {}
     for line in sorted(lines, key=lambda line: line["seed"]):
         found.setdefault(line["command"], []).append(f"{percent(line['after'])} ({line['update']})")
-    rows = [[f"`{command}`", ", ".join(runs)] for command, runs in sorted(found.items())]
+    rows = [["what the base shows", percent(lines[0]["before"])], ["what the base knows", percent(known)]]
+    rows += [[f"`{command}`", ", ".join(runs)] for command, runs in sorted(found.items())]
     return table(["command", "solved, % (updates)"], rows)
 
 
