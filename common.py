@@ -22,7 +22,7 @@ THE ONE PICTURE. A rollout keeps, for every position of the completion, the deno
     completion    3 1 4 2       state before step 0   _ _ _ _      hidden = revealed_at >= 0
     revealed_at   1 0 1 0       state before step 1   _ 1 _ 2      hidden = revealed_at >= 1
 
-So every intermediate state can be rebuilt from the finished row, and no trajectory is ever stored.
+So every intermediate state can be rebuilt from the finished row, and no canvas has to be stored.
 """
 
 import ast
@@ -115,8 +115,7 @@ class Denoiser:
     def head(self, h: Tensor) -> Tensor:
         """Hidden states (..., d) to logits (..., V) in at least fp32; -inf at the mask token and `excluded`.
 
-        The head does not run in bf16: that would round log p by up to 0.05 nats, and it runs at few
-        positions anyway."""
+        The head does not run in bf16: that would round log p by up to 0.05 nats."""
         net = self.network
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         z = net.lm_head(h) if hasattr(net, "lm_head") else net.decoder(net.head(h))  # else: ModernBERT
@@ -225,8 +224,8 @@ def gumbel_noise(gens: list[torch.Generator], B: int, shape: tuple[int, ...]) ->
 
 
 def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows (R, ...) of integers: the index of each distinct row's first copy (N,), in increasing order;
-    and for every row, which of the distinct rows it is (R,)."""
+    """Of rows (M, ...) of integers: the index of each distinct row's first copy (N,), in increasing order;
+    and for every row, which of the distinct rows it is (M,)."""
     found, which = rows.flatten(1).unique(dim=0, return_inverse=True)
     index = torch.arange(len(rows), device=rows.device)
     first, order = index.new_full((len(found),), len(rows)).scatter_reduce(0, which, index, "amin").sort()
@@ -272,47 +271,48 @@ def denoise(
     B, G = len(prompt), len(prompt) // (len(gens) or len(prompt))
     shown, shown_mask = trim(prompt, prompt_mask)  # what the network sees of the prompt
     P, attn = shown.shape[1], attention(shown_mask, L)
-    ends = torch.tensor(model.end_ids, device=prompt.device)
-    x = torch.full((B, L), model.mask_id, device=prompt.device)
-    revealed_at = torch.full_like(x, S)
-    logp = torch.zeros(B, L, dtype=torch.float64, device=x.device)
+    device = prompt.device
+    ends = torch.tensor(model.end_ids, device=device)
+    completion = torch.full((B, L), model.mask_id, device=device)
+    revealed_at = torch.full_like(completion, S)
+    logp = torch.zeros(B, L, dtype=torch.float64, device=device)
     entropy = torch.zeros_like(logp)
-    guesses = torch.full((B, S, L), -1, device=x.device) if guess else None
+    guesses = torch.full((B, S, L), -1, device=device) if guess else None
     if guess == "sampled" and temperature == 0:
         guess = "greedy"
-    if guess == "sampled":  # noise of its own for later blocks: the rollout samples as it does without
+    if guess == "sampled":  # generators of their own, so that guesses do not change what the rollout samples
         guess_gens = [generator(gen.device, gen.initial_seed(), "guess") for gen in gens]
-    start = torch.zeros(B, dtype=torch.long, device=x.device)  # first column of each row's current block
-    rows = torch.arange(B, device=x.device)  # the R rows that are not done
+    start = torch.zeros(B, dtype=torch.long, device=device)  # first column of each row's current block
+    rows = torch.arange(B, device=device)  # the U unfinished rows
 
     for s in range(S):
         if len(rows) == 0:
             break
-        # Evaluate each distinct canvas of a group once: N canvases for R rows.
-        first, canvas_of = distinct(torch.cat([rows[:, None] // G, x[rows]], 1))  # (N,), (R,)
+        # Evaluate each distinct canvas of a group once: N canvases for U rows.
+        first, canvas_of = distinct(torch.cat([rows[:, None] // G, completion[rows]], 1))  # (N,), (U,)
         one = rows[first]  # (N,) a row that stands on each canvas
-        h = model.body(torch.cat([shown[one], x[one]], 1), None if attn is None else attn[one])
+        h = model.body(torch.cat([shown[one], completion[one]], 1), None if attn is None else attn[one])
         h = h[:, P:]  # (N, L, d)
         model.counts["nfe_rollout"] += len(one)
         model.counts["nfe_rollout_full"] += len(rows)  # what the papers count
         if guess == "greedy":
-            guesses[rows, s] = greedy_fill(model, x[one], h)[canvas_of]
+            guesses[rows, s] = greedy_fill(model, completion[one], h)[canvas_of]
 
         # Give every row the distribution of each position of its block.
-        cols = start[one, None] + torch.arange(block, device=x.device)  # (N, block)
+        cols = start[one, None] + torch.arange(block, device=device)  # (N, block)
         logits = model.head(h.gather(1, cols[..., None].expand(-1, -1, h.shape[-1])))  # (N, block, V)
-        logprobs = logits.double().div_(T).log_softmax(-1)[canvas_of]  # (R, block, V)
-        cols = cols[canvas_of]  # (R, block)
-        hidden = x[rows].gather(1, cols) == model.mask_id  # (R, block)
+        logprobs = logits.double().div_(T).log_softmax(-1)[canvas_of]  # (U, block, V)
+        cols = cols[canvas_of]  # (U, block)
+        hidden = completion[rows].gather(1, cols) == model.mask_id  # (U, block)
 
         # Sample a token for each position: the argmax of log p + Gumbel noise is a sample from p.
         if temperature:
-            token = gumbel_noise(gens, B, logprobs.shape[1:])[rows].add_(logprobs).argmax(-1)  # (R, block)
+            token = gumbel_noise(gens, B, logprobs.shape[1:])[rows].add_(logprobs).argmax(-1)  # (U, block)
         else:
             token = logprobs.argmax(-1)
         token_logp = logprobs.gather(-1, token[..., None])[..., 0]
         if guess == "sampled":
-            seen = x[rows]
+            seen = completion[rows]
             seen.scatter_(1, cols, torch.where(hidden, token, seen.gather(1, cols)))
             noise = group_noise(guess_gens, B, (L,))[rows]
             guesses[rows, s] = sampled_fill(model, seen, h, canvas_of, temperature, noise)
@@ -323,51 +323,52 @@ def denoise(
         else:
             certainty = token_logp if order == "confidence" else logprobs.amax(-1)
         certainty = certainty.masked_fill(~hidden, -math.inf)
-        rank = certainty.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        rank = certainty.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # inverse of the first
 
         # Reveal the n most certain ones, or all that reach the threshold.
         reveal = rank < n
         if threshold:
             reveal = hidden & ((certainty >= math.log(threshold)) | (rank == 0))
         at = rows[:, None].expand_as(cols)[reveal], cols[reveal]
-        x[at], revealed_at[at], logp[at] = token[reveal], s, token_logp[reveal]
+        completion[at], revealed_at[at], logp[at] = token[reveal], s, token_logp[reveal]
         entropy[at] = torch.special.entr(logprobs[reveal].exp()).sum(-1)  # entr(0) = 0
 
         # Go on to the next block. A row is done after its last one, or when it has written an EOS.
         block_done = ~(hidden & ~reveal).any(1)
         start[rows] += block * block_done
-        ended = torch.isin(x[rows], ends).any(1)
+        ended = torch.isin(completion[rows], ends).any(1)
         rows = rows[~(block_done & ((start[rows] == L) | ended))]
 
-    x = x.masked_fill(x == model.mask_id, model.eos_id)  # only rows that an EOS ended have masks left
+    # Only rows that an EOS ended have masks left.
+    completion = completion.masked_fill(completion == model.mask_id, model.eos_id)
     if guess:  # a row was complete before a step that it never took
-        guesses = torch.where(guesses < 0, x[:, None], guesses)
-    return Rollout(prompt, prompt_mask, x, revealed_at, logp.to(logits.dtype), entropy.to(logits.dtype),
-                   until_eos(x, model.end_ids), guesses, model.mask_id, S)
+        guesses = torch.where(guesses < 0, completion[:, None], guesses)
+    return Rollout(prompt, prompt_mask, completion, revealed_at, logp.to(logits.dtype),
+                   entropy.to(logits.dtype), until_eos(completion, model.end_ids), guesses, model.mask_id, S)
 
 
-def greedy_fill(model: Denoiser, x: Tensor, h: Tensor) -> Tensor:
-    """Fill each hidden position of x (R, L) with its most likely token, given the hidden states h (R, L, d).
+def greedy_fill(model: Denoiser, tokens: Tensor, h: Tensor) -> Tensor:
+    """Fill each hidden position of tokens (N, L) with its most likely token. h: hidden states (N, L, d).
 
-    The head runs in parts, so that a real vocabulary never makes (R, L, V) logits."""
-    hidden = x == model.mask_id
-    filled = x.clone()
+    The head runs in parts, so that a real vocabulary never makes (N, L, V) logits."""
+    hidden = tokens == model.mask_id
+    filled = tokens.clone()
     parts = h[hidden].split(max(1, LOGITS // model.V))
     filled[hidden] = torch.cat([model.head(part).argmax(-1) for part in parts])
     return filled
 
 
 def sampled_fill(
-    model: Denoiser, x: Tensor, h: Tensor, canvas_of: Tensor, temperature: float, noise: Tensor
+    model: Denoiser, tokens: Tensor, h: Tensor, canvas_of: Tensor, temperature: float, noise: Tensor
 ) -> Tensor:
-    """Fill each hidden position of x (R, L) with a sample from its own distribution.
+    """Fill each hidden position of tokens (U, L) with a sample from its own distribution.
 
-    h (N, L, d) are the hidden states of N canvases; canvas_of (R,) says which of them each row stands on.
-    noise (R, L), uniform: the token is the first at which the cumulated probability exceeds the number. So a
+    h (N, L, d) are the hidden states of N canvases; canvas_of (U,) says which of them each row stands on.
+    noise (U, L), uniform: the token is the first at which the cumulated probability exceeds the number. So a
     position needs one random number, not V of them. The head runs in parts, an eighth of what scoring takes
     at once: beside the logits there are three tensors of float64."""
-    filled, size = x.clone(), max(1, LOGITS // (8 * model.V))
-    for at in (x == model.mask_id).nonzero().split(size):
+    filled, size = tokens.clone(), max(1, LOGITS // (8 * model.V))
+    for at in (tokens == model.mask_id).nonzero().split(size):
         row, col = at.T  # (m,)
         logits = model.head(h[canvas_of[row], col])  # (m, V)
         cumulated = logits.double().div_(temperature).softmax(-1).cumsum_(-1)
@@ -431,7 +432,7 @@ def score(
     The distribution is the sampler's: the same temperature, no mask token. The head runs once at each scored
     position of a canvas. It runs in parts whose logits backward computes again, so that (M, V) logits of a
     real vocabulary never exist at once. read_out: what to read from the logits in place of log_prob; if it
-    reads R numbers of each token, (m, R), the result is (M, L, R)."""
+    reads C numbers of each token, (m, C), the result is (M, L, C)."""
     L = target.shape[1]
     first, canvas_of = distinct(torch.cat([x, prompt_mask], 1))  # N canvases; (M,)
     shown, shown_mask = trim(x[first], prompt_mask[first])
@@ -462,7 +463,7 @@ def score(
 def worth_scoring(model: Denoiser, pairs: Tensor, moves: Tensor, times: int) -> Tensor:
     """Those of `pairs` (M, 2) whose loss can move a weight, which is where moves (M,) is True.
 
-    The others are not evaluated. They are counted as the papers' code would: `times` forwards each."""
+    The others are not evaluated. They are counted as in the papers' code: `times` forwards each."""
     model.counts["nfe_update_full"] += len(model.share(len(pairs) - int(moves.sum()))) * times
     return pairs[moves]
 
@@ -472,7 +473,8 @@ def minibatches(pairs: Tensor, prompts: int, G: int, count: int, gen: torch.Gene
 
     A minibatch holds all pairs of its groups, of which there are prompts / count, drawn by gen (on the CPU).
     A minibatch without any pair is left out: an optimizer step there would be momentum and weight decay
-    alone."""
+    alone. AssertionError unless count divides prompts: the normalisers of the methods need equal parts."""
+    assert prompts % count == 0, f"{count} minibatches do not divide {prompts} prompts: groups stay whole"
     for groups in torch.randperm(prompts, generator=gen).to(pairs.device).chunk(count):
         batch = pairs[torch.isin(pairs[:, 0] // G, groups)]
         if len(batch):
@@ -485,20 +487,21 @@ def micro_batches(model: Denoiser, pairs: Tensor, x: Tensor, budget: int) -> Ite
     once.
 
     The method calls backward on each micro-batch's share of a loss whose normaliser was counted over the
-    whole minibatch. So the gradient depends neither on the budget nor on the number of processes, which sum
-    theirs. A process without work gets an empty micro-batch, because all must call backward equally often."""
+    whole minibatch. So the gradient depends neither on the budget nor on the number of processes, which add
+    up their gradients. A process without work gets an empty micro-batch, because all must call backward
+    equally often."""
     if len(pairs) == 0:
         return
     canvases = x[pairs[:, 0], pairs[:, 1]].flatten(1)  # (M, tokens)
     first, canvas_of = distinct(canvases)
     size, own = max(1, budget // canvases.shape[1]), model.share(len(first))
-    for i in range(0, -(-len(first) // model.processes), size):
+    for i in range(0, math.ceil(len(first) / model.processes), size):
         part = own[i : i + size]
         yield pairs[(part.start <= canvas_of) & (canvas_of < part.stop)]
 
 
 def per_step(values: Tensor, revealed_at: Tensor, S: int) -> Tensor:
-    """Sum values (B, L) over the tokens that each step revealed: (B, S). The tail (S) is left out.
+    """Sum values (B, L) over the tokens that each step revealed: (B, S). What no step revealed is left out.
 
     On the CPU: CUDA adds in any order, so processes would differ in the last bit and choose other steps."""
     sums = torch.zeros(len(values), S + 1, dtype=values.dtype)

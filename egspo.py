@@ -1,8 +1,8 @@
 """EGSPO and EGSPO-SA: entropy-guided stepwise policy optimisation (arXiv 2603.12554).
 
 Denoising is a decision process: the state is the partly masked canvas, the action the tokens revealed at a
-step, and the reward comes at the end. The policy gradient then is a sum over denoising steps, and only the K
-steps at which the model was least certain are evaluated:
+step, and the reward comes at the end. The policy gradient then is a sum over denoising steps. Of the S steps
+of each of the B rows, only the K at which the model was least certain are evaluated. A step reveals n tokens:
 
     loss = 1 / (B K n) * sum over rows b, kept steps s of [-min(rho A, clip(rho, 1 - lo, 1 + hi) A) + beta k3]
     rho  = exp(l - l_old),   l(b, s) = sum over the tokens revealed at s of log p(token | canvas before s)
@@ -17,22 +17,24 @@ then (R + lambda (R - r_s)) / (1 + lambda). Look at select_steps and stepwise_ad
 The theorem behind the sum over steps is sum_s E[R grad l_s] = grad E[R]. It needs three things, all of which
 tests/test_egspo.py enumerates:
 
-- The positions follow from the state alone: `order` top_prob or random. With `confidence`, the rule of LLaDA,
-  the paper and the default here, they depend on the sampled tokens, and the theorem fails (published since:
-  Mask-Aware Policy Gradients, arXiv 2607.15200). On validation rows it learns as well, or faster.
-- The kept steps stand for all: K = S; or `select` importance, which draws them in proportion to their entropy
-  and weights each by the inverse of its probability (as AGRPO, ICML 2026, does); or uniform, if no EOS ends
-  a row early. The K most uncertain are picked by looking at the finished row: a bias by design.
-- The baseline knows nothing of the row's future: lambda = 0, or `step`. A rank is known only once the row is
-  finished.
+- The rule that picks the positions must not look at the tokens sampled in that step: `order` top_prob or
+  random. `confidence`, the rule of LLaDA, of the paper and of our defaults, looks at them, and the theorem
+  fails (published since: Mask-Aware Policy Gradients, arXiv 2607.15200).
+- The kept steps must stand for all: K = S; or `select` importance, which draws them in proportion to their
+  entropy and weights each by the inverse of its probability (as AGRPO, ICML 2026, does); or uniform, if no
+  EOS ends a row early. The K most uncertain are picked by looking at the finished row: a bias by design.
+- The baseline must not depend on later steps of the row: lambda = 0, or `step`. (The row's own R is part of
+  mean R; that only scales the gradient by (G - 1) / G.) A rank is known only once the row is finished.
 
-The defaults meet the last of these alone: like the paper they take the most uncertain steps, in LLaDA's
-order, which learned faster on Sudoku's validation rows. `--order top_prob --select all` meets all three.
+By default only the last holds: like the paper we take the most uncertain steps, in LLaDA's order, which
+learned as well or faster on validation rows. With `--order top_prob --select all` all three hold, up to the
+first optimizer step on a rollout.
 
 Differences from the paper: lambda is constant (the paper's lambda_t, as in the newest released code, is
 `--lam_schedule linear`: lambda s / S); the baseline of r_s (paper: rank); full fine-tuning, no LoRA; several
 minibatches; small-batch defaults for the tiny model. Without a KL, pairs of advantage 0 are not evaluated,
-and minibatches without any other make no optimizer step (AdamW would go on by momentum and decay).
+and a minibatch that has no others makes no optimizer step: its gradient is 0, and AdamW would still move the
+weights by momentum and weight decay.
 Differences from the authors' code, each with its commit, are in results/README.md.
 
 python egspo.py                        4x4 Sudoku, 26 to 95 % of the held-out boards, in under a minute
@@ -64,7 +66,7 @@ class Args:
     S: int = 8  # denoising steps per completion (LLM: 128)
     block: int = 16  # tokens per block, decoded left to right (LLM: 32)
     temperature: float = 1.0  # of rollouts and scoring alike; evaluation is greedy
-    order: Literal["confidence", "top_prob", "random"] = "confidence"  # (paper); the theorem needs another
+    order: Literal["confidence", "top_prob", "random"] = "confidence"  # (paper: confidence)
     seed: int = 1  # decides every random draw
     budget: int = 8448  # most tokens in one forward; results do not depend on it
 
@@ -105,7 +107,7 @@ def select_steps(roll: Rollout, K: int, noise: Tensor | None) -> tuple[Tensor, T
     instead, still ranked by entropy."""
     entropy, taken = step_entropy(roll)
     wanted = entropy if noise is None else noise
-    # Sorted stably: of equal entropies topk may choose one on this process and another on the next.
+    # Of steps of equal entropy, topk may pick different ones in different processes. A stable sort does not.
     chosen = wanted.masked_fill(~taken, -1.0).argsort(dim=1, descending=True, stable=True)[:, :K]
     by_entropy = entropy.gather(1, chosen).masked_fill(~taken.gather(1, chosen), -1.0)
     steps = chosen.gather(1, by_entropy.argsort(dim=1, descending=True, stable=True))
@@ -118,12 +120,13 @@ def draw_steps(roll: Rollout, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns steps (B, K), highest entropy first; taken (B, K), False in a row without any entropy, which has
     no gradient either; and weight (B, K) = 1 / (S P(s)), with which the mean over the draws is on average the
     mean over all S steps. On the CPU: CUDA adds in any order, so processes would draw other steps."""
-    cumulated = step_entropy(roll)[0].cpu().double().cumsum(1)  # (B, S)
+    H = step_entropy(roll)[0].cpu().double()  # (B, S)
+    cumulated = H.cumsum(1)
     total = cumulated[:, -1:]
-    steps = torch.searchsorted(cumulated, noise.cpu() * total, right=True)  # the first above its number
+    # The first step whose cumulated entropy exceeds the number drawn.
+    steps = torch.searchsorted(cumulated, noise.cpu() * total, right=True)
     steps = steps.clamp(max=roll.S - 1)  # rounding, or a row without any entropy
-    entropy = cumulated.diff(dim=1, prepend=torch.zeros_like(total)).gather(1, steps)
-    entropy, order = entropy.sort(dim=1, descending=True, stable=True)
+    entropy, order = H.gather(1, steps).sort(dim=1, descending=True, stable=True)
     taken = entropy > 0
     weight = taken * total / (roll.S * entropy.masked_fill(~taken, 1.0))
     device = roll.logp.device
@@ -158,11 +161,12 @@ def stepwise_advantage(
     its rows that kept the same step."""
     if baseline == "rank":
         return advantage(stepwise_return(reward, guess_reward, lam), taken, G)
-    at_step, kept = reward.new_zeros(2, len(steps), S)
-    at_step.scatter_(1, steps, guess_reward * taken)
-    kept.scatter_(1, steps, taken.to(kept))
-    guess_adv = advantage(at_step, kept > 0, G).gather(1, steps)
-    return (advantage(reward[:, None], taken[:, :1], G) - lam / (1 + lam) * guess_adv) * taken
+    # r_s in the column of its step, so that a mean over a column is over one step.
+    at_step = reward.new_zeros(len(steps), S).scatter(1, steps, guess_reward * taken)
+    kept = taken.new_zeros(len(steps), S).scatter(1, steps, taken)
+    guess_adv = advantage(at_step, kept, G).gather(1, steps)
+    any_step = taken[:, :1]  # (B, 1) False only in a row without entropy of which `importance` drew nothing
+    return (advantage(reward[:, None], any_step, G) - lam / (1 + lam) * guess_adv) * taken
 
 
 def step_logp(model: Denoiser, x: Tensor, roll: Rollout, s: Tensor, temperature: float) -> Tensor:
@@ -175,15 +179,15 @@ def policy_loss(
     logp: Tensor, logp_old: Tensor, adv: Tensor, eps_lo: float, eps_hi: float
 ) -> tuple[Tensor, Tensor]:
     """PPO-clipped loss of each (row, step) pair and whether the clip took its gradient away. All (M,)."""
-    ratio = (logp - logp_old).exp()  # 1 until the first optimizer step on a rollout
+    ratio = (logp - logp_old).exp()  # 1, up to rounding, until the first optimizer step on a rollout
     clipped = ratio.clamp(1 - eps_lo, 1 + eps_hi)
     gain = torch.min(ratio * adv, clipped * adv)  # pessimistic of the two
-    return -gain, gain < ratio * adv  # minimise
+    return -gain, gain < ratio * adv
 
 
 def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Estimate of KL(policy || reference) from the policy's samples, >= 0."""
-    # with the samples fixed, its gradient is that of KL(reference || policy)
+    # Its gradient, with the samples fixed, is on average that of KL(reference || policy).
     d = logp_ref - logp
     return d.exp() - d - 1
 
@@ -215,7 +219,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
         # 2 Reward: of the completions, and of the one-step guesses at the kept steps.
         reward, parts, _ = reward_rows(model, task, roll.completion, rows)  # (B,)
-        guess_reward = torch.zeros_like(reward)[:, None].expand(-1, K)
+        guess_reward = reward.new_zeros(len(rows), K)
         if args.lam > 0:
             guess = roll.guess.gather(1, steps[..., None].expand(-1, -1, args.L)).flatten(0, 1)  # (B * K, L)
             guess_rows = [row for row in rows for _ in range(K)]
@@ -229,11 +233,11 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         # 4 Update, on the canvases before the kept steps.
         x = canvas(roll, roll.revealed_at[:, None] >= steps[..., None])  # (B, K, P+L)
         pairs = taken.nonzero()  # (M, 2): a row and one of its K steps
-        if not reference:  # without a KL, an advantage of 0 cannot move a weight
-            pairs = worth_scoring(model, pairs, adv[taken] != 0, args.passes)
-        infos = []
-        for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", update, epoch)
+        if not reference:  # without a KL, an advantage of 0 cannot move a weight: such pairs are left out
+            pairs = worth_scoring(model, pairs, adv[pairs[:, 0], pairs[:, 1]] != 0, args.passes)
+        B, infos = len(rows) // args.minibatches, []  # B rows of a minibatch
+        for pass_no in range(args.passes):
+            gen = generator("cpu", args.seed, "pass", update, pass_no)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
                 for micro in micro_batches(model, batch, x, args.budget):
@@ -247,10 +251,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                         loss = loss + args.beta * kl
                         info["kl"] += kl.sum().item() / len(batch)
                     loss = loss * weight[r, k]
-                    loss = loss.sum() / (len(rows) // args.minibatches * K * n)  # a missing step counts as 0
+                    loss = loss.sum() / (B * K * n)  # a step that was not taken counts as 0
                     loss.backward()
                     info["loss"] += loss.item()
-                    info["clip_frac"] += was_clipped.float().sum().item() / len(batch)
+                    info["clip_frac"] += was_clipped.sum().item() / len(batch)
                 info = model.total(info)  # over the processes, if there are several
                 info["grad_norm"] = run.step(info["loss"], args.grad_norm, args.warmup)
                 infos.append(info)
@@ -261,8 +265,9 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words (LLM).
 # As in the released train.sh, LLM has G, L, S, block, T, K, lambda, beta, both eps, grad_norm and betas. Ours
-# are 4 prompts (theirs 6), one optimizer step per rollout (4), full fine-tuning at lr 1e-6 and weight decay
-# 0.01 (LoRA of rank 128 on 4-bit weights, 3e-5 and 0.1) and no warm-up (1e-4 of the steps, then constant).
+# are 4 prompts (theirs: 6), one optimizer step per rollout (theirs: 4), full fine-tuning at lr 1e-6 and
+# weight decay 0.01 (theirs: LoRA of rank 128 on 4-bit weights, at 3e-5 and 0.1) and no warm-up (theirs: over
+# 1e-4 of the steps, then constant).
 # Their train_vision_egspo.sh, GSM8K too, has lambda 0.1 and a return not divided by 1 + lambda, eps_lo 0.5,
 # l(b, s) as the mean over its tokens, r_s of the correctness reward alone, and one step per rollout.
 SUDOKU = dict(updates=160, eval_every=40)

@@ -1,18 +1,18 @@
 """GDSD and GDSD-TLC: guided denoiser self-distillation (arXiv 2605.29398).
 
-KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A), to first order in beta. Its
-log differs from log pi_old by psi A and a normaliser that nobody can compute. So the method regresses, by
-plain least squares, a score c in which the normaliser does not matter:
+KL-regularised RL has the optimum pi* ~ pi_old^(1 - beta) pi_ref^beta exp(psi A), to first order in beta. At
+beta = 0 its log is log pi_old + psi A minus the log of a normaliser that nobody can compute. The method fits
+a score c by plain least squares and leaves the normaliser out. In "tlc" it cancels exactly, in "logp" not:
 
     loss = mean over rows and mask pairs of (c_theta - c_old - psi A)^2 + beta (l_theta - l_ref)^2
     c    = 1 / n * sum over the row's n valid tokens of their read-out, each on the canvas that hides it
     l    = the same mean of their log-probabilities
     A    = R_i - mean of the OTHERS' R in the group
 
-read-out (`--match`): "logp" the log-probability, so that c = l; "tlc" the raw logit minus the mean logit of
-its position, no softmax anywhere. A mask pair is a random mask and its complement, so that each token is
-scored exactly once. The pairs are drawn once per rollout and kept for c_old, l_ref and every pass. Look at
-mask_pairs and pair_score first.
+read-out (`--match`): "logp" the log-probability, so that c = l; "tlc" the logit (divided by T) minus the
+mean logit of its position, so that c needs no softmax. A mask pair is a random mask and its complement, so
+that each token is scored exactly once. The pairs are drawn once per rollout and kept for c_old, l_ref and
+every pass. Look at mask_pairs and pair_score first.
 
 The mean over a pair (`--weights`): "pair" counts every token alike. Then n E[c] is 2 E_t[log p(x0 | x_t)],
 where t is the share that is hidden: the quantity in the paper's loss. "elbo" is what the authors' newer code
@@ -63,7 +63,7 @@ class Args:
     topk: int = 0  # tlc: subtract the mean of this many largest logits (paper 0: of all; the authors now 64)
     weights: Literal["pair", "elbo"] = "pair"  # of the tokens of a mask pair (paper: pair; see above)
     num_mc: int = 1  # mask pairs per row (paper: 2)
-    psi: float = 0.625  # psi, inverse temperature of the advantage, per token (paper: 10 / L, as here)
+    psi: float = 0.625  # inverse temperature of the advantage, per token (paper: 10 / L, as here for L 16)
     beta: float = 0.0  # weight of the reference (paper: 1e-3; see LLM); 0: no reference model
 
     # The optimizer, AdamW.
@@ -76,6 +76,7 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
     def __post_init__(self):
+        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert self.num_mc >= 1, "--num_mc must be at least 1"
         assert self.topk >= 0, "--topk must be at least 0"
 
@@ -191,9 +192,9 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
         # 5 Update.
         infos = []
-        for epoch in range(args.passes):
+        for pass_no in range(args.passes):
             c_new = torch.zeros_like(c_old)
-            gen = generator("cpu", args.seed, "pass", update, epoch)
+            gen = generator("cpu", args.seed, "pass", update, pass_no)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = {"loss": 0.0}
                 for micro in micro_batches(model, batch, x, args.budget):
@@ -211,7 +212,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         # 6 Log: how far c has moved from c_old, and its target. c is from the last pass, of each minibatch
         # before its own optimizer step.
         move, target = model.total(c_new) - c_old, args.psi * adv
-        drift = move.nanmean().item()  # the targets average to zero
+        drift = move.nanmean().item()  # the targets of a group average to zero
         run.counters["drift"] += drift if math.isfinite(drift) else 0.0
         if abs(run.counters["drift"]) > DRIFT:
             tqdm.write(f"update {update + 1}: c has drifted by {run.counters['drift']:.1f}, which no "
@@ -229,7 +230,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 SUDOKU = dict(updates=32, eval_every=8)
 COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, psi=1.0, updates=120, eval_every=30)
 # Released (llada_gsm8k, commit 7c152d3): G, L, S, block, T, num_mc, mu, AdamW, clip, lr (theirs of a LoRA of
-# rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3, here 0.064 (MATH 1e-4, Countdown 3e-3).
+# rank 128; MATH, Sudoku and Countdown 1e-5), beta 1e-3, which is 0.064 here (MATH 1e-4, Countdown 3e-3).
 # Ours: 2 prompts, theirs 20; all weights; logp, theirs TLC with topk 64 and elbo; psi 10 / L and no clamp; no
 # warm-up, theirs 0.001 of the run.
 LLM = dict(prompts=2, G=16, L=256, S=256, block=32, num_mc=2, minibatches=1, psi=0.04, beta=0.064, passes=8,

@@ -4,19 +4,21 @@ Rows are decoded adaptively: a step reveals every token the model is confident o
 take few steps. The update looks again at K of a row's steps, the surprising ones more often, and learns from
 all hidden tokens there, not only from those the step revealed:
 
-    K steps, drawn without replacement: P(s) = softmax(w / tau), w_s = -mean log p of the tokens s revealed
+    K of the steps that the row took: P(s) = softmax(w / tau), w_s = -mean log p of the tokens s revealed
     canvas: the row as the sampler had it before step s
     m = hidden and valid and (p(token | canvas) >= p_min or revealed at s)           ("clipped clean state")
     loss = sum over canvases and tokens of m (-A log p + beta k3) / sum of m
     A = (R - mean R) / max(std R, 0.01) over the group
 
+The K are drawn without replacement. A row that took fewer than K steps has each of them once, and the others
+of its K are repeats. The bias towards surprising steps is intended: there is no importance weight 1 / P(s).
 With several passes over a rollout, PPO's clipped ratio takes the place of -A log p. The p in m is then that
-of the policy before the first pass. The bias towards surprising steps is intended: there is no importance
-weight 1 / P(s). Look at draw_steps and clean_state_mask first.
+of the policy before the first pass. Look at draw_steps and clean_state_mask first.
 
 Differences from the paper: p_min is 0, so that every hidden token is scored (it learned more on the
 validation rows); several minibatches; small-batch defaults for the tiny model. LLM has the paper's settings.
-Without a KL, a minibatch of advantages 0 makes no optimizer step (AdamW would go on by momentum and decay).
+Without a KL, a minibatch of advantages 0 makes no optimizer step: its gradient is 0, and AdamW would still
+move the weights by momentum and weight decay.
 Differences from the authors' code, each with its commit, are in results/README.md.
 
 python rldf.py                         4x4 Sudoku, 26 to 97 % of the held-out boards, in under a minute
@@ -54,7 +56,7 @@ class Args:
 
     # The method.
     K: int = 4  # denoising steps per row (paper: k = 4)
-    tau: float = 1.0  # tau, temperature of the draw of steps (paper: 1)
+    tau: float = 1.0  # temperature of the draw of steps (paper: 1)
     select: Literal["surprise", "uniform"] = "surprise"  # how steps are drawn (paper: surprise)
     masks: Literal["sequential", "random"] = "sequential"  # the sampler's states (paper), or 30 % hidden
     p_min: float = 0.0  # score hidden tokens at least this probable (paper: 0.6); 0: all; 2: the revealed
@@ -71,6 +73,7 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
 
     def __post_init__(self):
+        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert 1 <= self.K <= self.most_steps, (
             f"--K {self.K} must be at least 1 and at most {self.most_steps}, the steps a row can take")
         assert self.tau > 0 and self.threshold <= 1 and self.eps <= 1, (
@@ -93,8 +96,8 @@ def step_surprise(roll: Rollout) -> tuple[Tensor, Tensor]:
 def draw_steps(w: Tensor, candidates: Tensor, K: int, tau: float, noise: Tensor) -> Tensor:
     """K steps per row, P = softmax(w / tau) over the candidates, without replacement: (B, K).
 
-    noise (B, 1+K, S), uniform: Gumbel-top-k with the first; a row with fewer candidates takes them all and
-    fills up with replacement, one of the others per place."""
+    noise (B, 1+K, S), uniform. noise[:, 0] draws by Gumbel-top-k. A row with fewer than K candidates takes
+    them all, and noise[:, 1 + j] draws a repeat for place j."""
     gumbel = -(-noise.log()).log()
     logits = (w / tau).masked_fill(~candidates, -torch.inf)
     first = (logits + gumbel[:, 0]).topk(K).indices
@@ -132,7 +135,7 @@ def token_loss(logp: Tensor, logp_old: Tensor | None, adv: Tensor, eps: float) -
 
 def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Estimate of KL(policy || reference) from the policy's samples, >= 0."""
-    # with the samples fixed, its gradient is that of KL(reference || policy)
+    # Its gradient, with the samples fixed, is on average that of KL(reference || policy).
     d = logp_ref - logp
     return d.exp() - d - 1
 
@@ -168,10 +171,10 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         steps = draw_steps(w, candidates, args.K, args.tau, noise)  # (B, K)
         hidden = roll.revealed_at[:, None] >= steps[..., None]  # (B, K, L)
         revealed = roll.revealed_at[:, None] == steps[..., None]
-        if args.masks == "random":  # blocks never denoised stay hidden
+        if args.masks == "random":  # positions that no step revealed stay hidden
             gens = [generator(model.device, args.seed, "canvas", update, i) for i in drawn]
             chosen = group_noise(gens, len(rows), (args.K, args.L)) < 0.3
-            hidden = chosen & roll.valid[:, None] | (roll.revealed_at == roll.S)[:, None]
+            hidden = (chosen & roll.valid[:, None]) | (roll.revealed_at == roll.S)[:, None]
             revealed = hidden
         x = canvas(roll, hidden)  # (B, K, P+L)
         pairs = torch.ones_like(steps).nonzero()  # (B * K, 2): a row and one of its canvases
@@ -187,11 +190,11 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         # 5 Update. Without a KL, an advantage of 0 cannot move a weight; its tokens count in the normaliser.
         asks_p = logp_old is None and args.p_min > 0  # does it take a forward to know which tokens count?
         infos = []
-        for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", update, epoch)
+        for pass_no in range(args.passes):
+            gen = generator("cpu", args.seed, "pass", update, pass_no)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 moves = (adv[batch[:, 0]] != 0) | (reference is not None)  # (M,)
-                if not (asks_p and moves.any()):  # what moves no weight needs no forward
+                if not (asks_p and moves.any()):  # what moves no weight needs no forward: only counted
                     worth_scoring(model, batch, moves, times=1)
                 if not moves.any():
                     continue

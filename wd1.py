@@ -8,9 +8,10 @@ No ratio, clip or reference: raise the log-likelihood of a group's good completi
 with the one-step likelihood of d1: the WHOLE completion hidden and each prompt token hidden with probability
 0.15. That canvas does not contain the completion, so one forward per prompt serves all G of them.
 
-wd1++ (Eq. 10) scores the trajectory instead. The members of a group are (i, s), s = 0..S-1: x is the canvas
-of row i before step s, and y is x with every hidden position filled by a sample, those that step s reveals
-included. (For a row's last step y is the finished row.) The softmaxes are over all members of the group:
+wd1++ (Eq. 10) scores the trajectory instead. The members of a group are pairs (i, s) of a row and one of its
+steps: x is the canvas of row i before step s, and y is x with every hidden position filled by a sample, those
+that step s reveals included. (For a row's last step y is the finished row.) In the paper s is every step;
+here K of them are drawn for each row. The softmaxes are over all members of the group:
 
     loss = mean over prompts of sum_(i,s) (w- - w+) (1 / l_s) sum_(hidden in x, valid in y) log pi(y | x)
 
@@ -24,7 +25,7 @@ of the validation rows: sampled 48, 50 and 52 %, greedy 2 % (results/wd1plusplus
 Look at group_weights and one_step_logp first.
 
 Differences from the paper: Eq. 8 prints a further 1/G, left out as in the released code, since the weights
-already sum to one; wd1++ may draw K of the S steps; full fine-tuning for wd1 as well; small-batch defaults
+already sum to one; wd1++ draws K of the S steps; full fine-tuning for wd1 as well; small-batch defaults
 for the tiny model. Differences from the authors' code, each with its commit, are in results/README.md.
 
 python wd1.py                          4x4 Sudoku, 26 to 80 % of the held-out boards solved, in 44 s
@@ -67,7 +68,7 @@ class Args:
     positive_only: bool = False  # drop w-, the push away from bad completions
     y: Literal["sampled", "greedy"] = "sampled"  # wd1++: the one-step completions (released code: sampled)
     K: int = 4  # wd1++: denoising steps per row that stand for all S, drawn uniformly
-    psi: float = 1.0  # psi, sharpness of the weights (paper: 1)
+    psi: float = 1.0  # sharpness of the weights (paper: 1)
     hide_prompt: float = 0.15  # share of prompt tokens hidden in wd1's canvas (paper: 0.15)
 
     # The optimizer, AdamW.
@@ -160,18 +161,19 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         weight = group_weights(member_reward.view(per_group), member.view(per_group), args.psi,
                                args.positive_only).view(member.shape)  # (B, K)
 
-        # 4 Update. A weight of 0 cannot move the network. Equal rewards give such weights, w+ = w-.
+        # 4 Update. A pair whose weight w- - w+ is 0 has no gradient. Equal rewards give such weights, except
+        # with --positive_only.
         pairs = worth_scoring(model, member.nonzero(), weight[member] != 0, args.passes)  # (M, 2)
         shown = roll
         infos = []
-        for epoch in range(args.passes):
+        for pass_no in range(args.passes):
             if not args.plusplus:
-                gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in drawn]
+                gens = [generator(model.device, args.seed, "prompt mask", update, pass_no, i) for i in drawn]
                 first = slice(None, None, args.G)  # the first row of each prompt
                 masked = hide_tokens(prompt[first], prompt_mask[first], args.hide_prompt, model.mask_id, gens)
                 shown = replace(roll, prompt=masked.repeat_interleave(args.G, 0))
             x = canvas(shown, hidden)  # (B, K, P+L); in wd1 equal for the G rows of a prompt: one forward
-            gen = generator("cpu", args.seed, "pass", update, epoch)
+            gen = generator("cpu", args.seed, "pass", update, pass_no)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = {"loss": 0.0}
                 for micro in micro_batches(model, batch, x, args.budget):

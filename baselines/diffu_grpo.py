@@ -8,7 +8,7 @@ which the WHOLE completion is hidden and each prompt token with probability 0.15
 
 Old, reference and new policy see the same q' within a pass; each pass has its own. That canvas does not
 contain the completion, so one forward per prompt serves all G of them. At ratio 1 this is wd1 with
-A / (G |o|) in place of its weights, and `diff wd1.py baselines/diffu_grpo.py` is what a method costs here.
+-A / (G |o|) in place of its weights w- - w+.
 
 Written without the authors' code (d1, commit 837888f) and later compared with it on the same inputs: the
 gradients are equal where all answers of a micro-batch have one length. Our reading: the old log-probabilities
@@ -95,12 +95,12 @@ def token_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, eps: float) -> tuple
     """PPO-clipped loss of each token (M, L), adv (M,), and whether the clip took its gradient away."""
     ratio, adv = (logp - logp_old).exp(), adv[:, None]
     gain = torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)  # pessimistic of the two
-    return -gain, gain < ratio * adv  # minimise
+    return -gain, gain < ratio * adv
 
 
 def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Estimate of KL(policy || reference) from the policy's samples, >= 0."""
-    # with the samples fixed, its gradient is that of KL(reference || policy)
+    # Its gradient, with the samples fixed, is on average that of KL(reference || policy).
     d = logp_ref - logp
     return d.exp() - d - 1
 
@@ -129,8 +129,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
         # 4 The canvas of each pass, and the log-probabilities on it to compare with.
         canvases, first = [], slice(None, None, args.G)  # the first row of each prompt
-        for epoch in range(args.passes):
-            gens = [generator(model.device, args.seed, "prompt mask", update, epoch, i) for i in drawn]
+        for pass_no in range(args.passes):
+            gens = [generator(model.device, args.seed, "prompt mask", update, pass_no, i) for i in drawn]
             masked = hide_tokens(prompt[first], prompt_mask[first], args.hide_prompt, model.mask_id, gens)
             shown = replace(roll, prompt=masked.repeat_interleave(args.G, 0))
             canvases.append(canvas(shown, torch.ones_like(roll.valid)))
@@ -150,9 +150,9 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
         # 5 Update.
         infos = []
-        for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", update, epoch)
-            of_pass = pairs[pairs[:, 1] == epoch]
+        for pass_no in range(args.passes):
+            gen = generator("cpu", args.seed, "pass", update, pass_no)
+            of_pass = pairs[pairs[:, 1] == pass_no]
             for batch in minibatches(of_pass, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
                 scored = roll.valid[batch[:, 0]].sum().item()

@@ -68,6 +68,7 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping
 
     def __post_init__(self):
+        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert self.num_mc >= 1 and self.eps <= 1, "--num_mc must be at least 1 and --eps at most 1"
 
 
@@ -106,7 +107,7 @@ def sequence_loss(
     """PPO-clipped loss of each completion and whether the clip took its gradient away. All (M,)."""
     ratio = ((elbo - elbo_old) / n).exp()
     gain = torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)  # pessimistic of the two
-    return -gain, gain < ratio * adv  # minimise
+    return -gain, gain < ratio * adv
 
 
 def k2(elbo: Tensor, elbo_ref: Tensor, n: Tensor) -> Tensor:
@@ -159,9 +160,9 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
         # 5 Update.
         infos = []
-        for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", update, epoch)
-            of_pass = pairs[pairs[:, 1] == epoch]
+        for pass_no in range(args.passes):
+            gen = generator("cpu", args.seed, "pass", update, pass_no)
+            of_pass = pairs[pairs[:, 1] == pass_no]
             for batch in minibatches(of_pass, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
                 for micro in micro_batches(model, batch, x, args.budget):

@@ -11,14 +11,14 @@ The mean is over the rows of advantage other than 0, as in the authors' code; wi
 one step is made on a rollout, as by the authors, rho is 1 and the clip never acts. The four minibatches that
 suit the tiny model make real ratios.
 
-`--normalise none` leaves out the std and takes the mean over all rows. Its expectation at theta_old is the
-exact policy gradient of that order (tests/test_baselines.py, by enumeration). It is then `egspo.py --lam 0
---select all` where a step reveals the next token, so it costs what EGSPO would with K = L: L canvases a row,
-less what rows share, which of a prefix is much.
+`--normalise none` leaves out the std and takes the mean over all rows. Its expectation at theta_old is then
+(G - 1) / (G L) times the exact policy gradient of that order (tests/test_baselines.py, by enumeration). It is
+`egspo.py --lam 0 --select all` with steps that reveal the next token. So it costs what EGSPO would with
+K = L: L canvases a row, minus those that rows share. Rows with a common beginning share many.
 
-EVALUATION is that of all methods: S steps, most certain first. --S and --block are its settings alone; what
-is learned in one order is used in another, which is the paper's claim ("fully retaining the parallel decoding
-ability"). It is about mathematics and code: for Sudoku its abstract says that free order helps.
+EVALUATION is that of all methods: S steps, most certain first. --S and --block affect the evaluation only.
+What is learned in one order is used in another, which is the paper's claim ("fully retaining the parallel
+decoding ability"). It is about mathematics and code: for Sudoku its abstract says that free order helps.
 
 Written without the authors' code (commit eebe50e) and later compared with it on the same inputs: for one
 advantage on both sides the gradients are equal. The old log-probabilities are those the sampler recorded.
@@ -75,6 +75,7 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping (released: 0.125 in this file's scale)
 
     def __post_init__(self):
+        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert self.eps <= 1, "--eps must be at most 1: a ratio is never below 0"
 
 
@@ -95,14 +96,14 @@ def token_logp(model: Denoiser, x: Tensor, roll: Rollout, t: Tensor, temperature
 
 def token_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """PPO-clipped loss of each token and whether the clip took its gradient away. All (M,)."""
-    ratio = (logp - logp_old).exp()  # 1 until the first optimizer step on a rollout
+    ratio = (logp - logp_old).exp()  # 1, up to rounding, until the first optimizer step on a rollout
     gain = torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)  # pessimistic of the two
-    return -gain, gain < ratio * adv  # minimise
+    return -gain, gain < ratio * adv
 
 
 def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Estimate of KL(policy || reference) from the policy's samples, >= 0."""
-    # with the samples fixed, its gradient is that of KL(reference || policy)
+    # Its gradient, with the samples fixed, is on average that of KL(reference || policy).
     d = logp_ref - logp
     return d.exp() - d - 1
 
@@ -136,8 +137,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         if not reference:  # without a KL, an advantage of 0 cannot move a weight
             pairs = worth_scoring(model, pairs, adv[pairs[:, 0]] != 0, args.passes)
         infos = []
-        for epoch in range(args.passes):
-            gen = generator("cpu", args.seed, "pass", update, epoch)
+        for pass_no in range(args.passes):
+            gen = generator("cpu", args.seed, "pass", update, pass_no)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
                 info = dict.fromkeys(("loss", "kl", "clip_frac"), 0.0)
                 # The rows of the mean: all of the minibatch, or those it scores.
