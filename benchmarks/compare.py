@@ -75,7 +75,7 @@ PAPER = {  # LLaDA-8B on the papers' own Sudoku and Countdown, for orientation
 class Args:
     study: Literal["main", "ablations", "long", "all"] = "all"
     task: Literal["sudoku", "countdown", "all"] = "all"
-    bases: int = 3  # of the main study: 0 to this; the ablations have two, the long runs one
+    bases: int = 3  # how many, from 0; at most two in the ablations, one in the long runs
     seeds: int = 2  # RL seeds on each base, from 1; the long runs have three
     jobs: int = os.cpu_count() or 1  # runs at a time, one thread each
     report: bool = False  # run nothing, rebuild tables and figures
@@ -91,7 +91,7 @@ def command_of(method: str, task: str, base: int, seed: int, change: str = "") -
 
 
 def commands(args: Args) -> list[str]:
-    """The command lines of a study: one of everything before the next of anything, the bases first."""
+    """The command lines of a study: seed 1 on base 0, 1, 2, then seed 2, and so on; the long runs last."""
     found = []
     tasks = [task for task in TINY if args.task in (task, "all")]
     for seed in range(1, args.seeds + 1):
@@ -171,8 +171,8 @@ def at_work(out: Path) -> bool:
 
 
 def line_of(command: str, out: Path, busy: float) -> dict:
-    """The line of the finished run in a folder. busy: the share of a core that the process had, of a resumed
-    run its last one. The seconds are multiplied by it, so that they are about those of a quiet machine."""
+    """The line of the finished run in a folder. busy: the share of a core that its process had, or, if it was
+    resumed, its last one. The seconds are multiplied by it: they are about those of a quiet machine."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])
     curve, update = curve_of(lines, busy)

@@ -4,7 +4,7 @@ Three updates of every method on both tiny tasks, in this tree and in a checkout
 default settings and with several passes and a KL. Countdown has padding, EOS and two blocks. What may differ
 is the clock. One line for each command; exit status 1 if one differs.
 
-python benchmarks/same_as.py a8374a6
+python benchmarks/same_as.py COMMIT
 """
 
 import hashlib

@@ -159,7 +159,8 @@ def budget_table(
 
 
 def ablation_table(runs: list[tuple[str, str, list[list[dict]]]], known: list[float]) -> str:
-    """A row for each (method, change of its command, runs on Sudoku). known: by each base."""
+    """A row for each (method, change of its command, runs on Sudoku). known: the share that each
+    base knows."""
     if not runs:
         return "Not measured."
     everything = flat(sum((found for _, _, found in runs), []))
@@ -174,7 +175,7 @@ def ablation_table(runs: list[tuple[str, str, list[list[dict]]]], known: list[fl
 
 def long_table(runs: list[dict], known: float) -> str:
     """How far longer runs get, when they first come near it, and what is left to learn from at their end.
-    known: by the base, a share."""
+    known: the share that the base knows."""
     if not runs:
         return "Not measured."
     rows = [["what the base knows", "", percent(known), "", "", "", ""]]
@@ -186,7 +187,7 @@ def long_table(runs: list[dict], known: float) -> str:
                      f"{update[near]:.0f}", f"{100 * row['equal_groups']:.0f} %, {row['entropy']:.3f}",
                      adaptive([row]), f"{row['seconds'] / 60:.1f}"])
     return table(["run, Sudoku", "solved, %, before and after each tenth of it", "best",
-                  "within 2 points of it from update", "at the end: equal groups, entropy, nats",
+                  "first within 2 points of it at update", "at the end: equal groups, entropy, nats",
                   "adaptive: % (forwards a row)", "minutes"], rows)
 
 
@@ -198,8 +199,8 @@ def bases_table(configs: dict[str, dict]) -> str:
 
 
 def tuning_table(lines: list[dict], known: float) -> str:
-    """What each setting solved of the validation rows in a minute, and the updates it made. known: by the
-    base."""
+    """What each setting solved of the validation rows in a minute, and the updates it made. known: the
+    share that the base knows."""
     found = {}
     for line in sorted(lines, key=lambda line: line["seed"]):
         found.setdefault(line["command"], []).append(f"{percent(line['after'])} ({line['update']})")

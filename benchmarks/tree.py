@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-from benchmarks.compare import BASES, MAIN, processor, run_folder  # noqa: E402
+from benchmarks.compare import BASES, MAIN, command_of, processor, run_folder  # noqa: E402
 from plumbing import run  # noqa: E402
 from plumbing.models import load_model  # noqa: E402
 from tasks import load  # noqa: E402
@@ -102,6 +102,6 @@ if __name__ == "__main__":
         sys.exit()
     for method in ("EGSPO-SA", "RLDF", "wd1", "wd1++", "GDSD"):
         compare(method, str(BASES / "sudoku-0"), "the base")
-        trained = run_folder(f"{MAIN[method]} --task sudoku --seed 1") / "model"
+        trained = run_folder(command_of(method, "sudoku", 0, 1)) / "model"
         if trained.is_dir():
             compare(method, str(trained), "the end of a default run")

@@ -1,11 +1,11 @@
-"""Which settings were tried for the tiny tasks: a minute of one CPU thread for each, on validation rows.
+"""Settings to try for the tiny tasks: a minute of one CPU thread for each, on validation rows.
 
 Validation rows: their Sudoku solutions and Countdown problems are in neither RL's nor the base's training
 data; held-out rows are not looked at. The minute is CPU time, so it does not matter what else runs, and holds
 the start (some 10 s). A run starts from the named base, is stopped by ctrl-C when its time is up, and
 evaluated; one that is in results/tuning.jsonl is not repeated.
 
-python benchmarks/tune.py sudoku-1 [jobs]        or another key of TRIED; as many at a time
+python benchmarks/tune.py BASE [JOBS]        BASE: a key of TRIED; JOBS: so many at a time (default 1)
 """
 
 import json
@@ -75,7 +75,7 @@ TRIED = {
         *around("baselines/diffu_grpo.py", 32, 8, 3e-5), *around("baselines/espo.py", 16, 8, 2e-4),
         *around("baselines/just_grpo.py", 32, 8, 1e-4)],
 }
-AGAIN = {  # with a second seed
+AGAIN = {  # with seed 12
     "sudoku-0": [],
     "sudoku-1": [],
     "countdown-0": ["egspo.py --order confidence", "egspo.py --order top_prob", "rldf.py --p_min 0",

@@ -1,7 +1,7 @@
 """What is around a method: command line, checkpoints, real models, several processes, tables and figures.
 
-A method imports this when it runs as a script. So here, before anything else of ours, is said what Python
-this is for; the methods and common.py themselves are written so that an older one reads them."""
+A method imports this when it runs as a script, so the version of Python is checked here, first. The methods
+and common.py alone also run in an older Python."""
 
 import sys
 

@@ -104,7 +104,7 @@ def load_causal(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The network of a causal Llama, Qwen2 or Qwen3 in fp32, with bidirectional attention, and its tokenizer.
 
-    Refuses (exit 2) another kind, a masked diffusion model, weights that are missing or only an adapter."""
+    Refuses (exit 2) another kind, a masked diffusion model, weights that are missing, and an adapter."""
     gguf = name.endswith(".gguf")
     if gguf:
         if not Path(name).is_file():
@@ -147,8 +147,8 @@ def load_causal(
 
 @torch.no_grad()
 def add_mask(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
-    """Give a model without a mask token, or with one that its tokenizer alone knows, a new one, whose
-    embedding is the mean of all others. Ids up to the size of the embedding may be free (Qwen); otherwise it
+    """Give the model a mask token if it has none, and that an embedding if it lacks one: the mean of those
+    before it. Ids up to the size of the embedding may be free (Qwen); otherwise it
     grows, and so does an untied head."""
     vocabulary, V = tokenizer.get_vocab(), network.config.vocab_size
     named = [tokenizer.mask_token_id, *map(vocabulary.get, MASKS)]
@@ -271,7 +271,8 @@ class Conversion:
         if not math.isfinite(norm + loss.item()):
             sys.exit(f"error: loss {loss.item()}, gradient norm {norm} after {step * batch} demonstrations; "
                      f"{self.out} keeps the last checkpoint: try a lower --lr")
-        self.optimizer.param_groups[0]["lr"] = self.settings.lr * min(1.0, (step + 1) / self.settings.warmup)
+        share = min(1.0, (step + 1) / max(1, self.settings.warmup))
+        self.optimizer.param_groups[0]["lr"] = self.settings.lr * share
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress["step"] += 1

@@ -28,11 +28,11 @@ class Flags:
     revision: str | None = None  # of the hub id; without one a cached copy is used as it is
     mask_id: int | None = None  # for a checkpoint that does not say which token is its mask
     task: str = "sudoku"  # sudoku, countdown, gsm8k, word_problems, math, mbpp, humaneval; or my/task.py
-    data: str = ""  # local training rows (.json, .jsonl, .csv) in place of the hub's
+    data: str = ""  # local training rows (.json, .jsonl, .csv, .parquet) in place of the hub's
     test_data: str = ""  # local held-out rows
     updates: int = 200  # rollouts, each with its optimizer steps; of a resumed run: in all
     minutes: float = 0.0  # of RL, then save, evaluate and stop, and --resume goes on; 0: no limit
-    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>
+    out: str = ""  # run folder; empty: runs/<method>-<task>-<seed>, or runs/eval-<task>
     resume: str = ""  # go on with this run folder
     eval_only: bool = False  # evaluate --resume RUN, or the model as it is, and stop
     eval_every: int = 50  # updates between evaluations on the held-out rows
@@ -60,8 +60,9 @@ def parse_args(Args: type, method: str, sudoku: dict, countdown: dict, llm: dict
     """Returns args, the settings of the method, and settings, one namespace of those and the flags.
 
     The defaults are those of Args and Flags, changed by `sudoku` or `countdown` for a tiny model, or by `llm`
-    for a model that reads words. variants: for a boolean flag of that name the changes in these three cases,
-    in its place. With --resume RUN the defaults are the settings of that run, and few may change."""
+    for a model that reads words. variants: for a boolean flag of that name, the three dicts that take the
+    place of these when it is given. With --resume RUN the defaults are the settings of that run, and few may
+    change."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what the defaults depend on
     first.add_argument("--model", default="tiny")
     first.add_argument("--task", default="sudoku")
@@ -136,7 +137,7 @@ def saved_settings(Args: type, method: str, folder: str) -> dict:
     wrong = [k for k, v in saved.items() if not is_of(v, kinds[k])]
     if wrong:
         refuse(f"{file} cannot be read: {', '.join(f'{k} is {saved[k]!r:.80}' for k in wrong)}")
-    return saved | {"resume": folder, "shard": False}  # the processes now may be others
+    return saved | {"resume": folder, "shard": False}  # there may be another number of processes now
 
 
 def is_of(value, kind) -> bool:

@@ -68,7 +68,7 @@ def load_checked(file: Path, check: bool = True, **how) -> dict:
 
 
 def read_lines(data: bytes) -> list[dict]:
-    """The lines of metrics.jsonl. ValueError names one that is none."""
+    """The lines of metrics.jsonl. ValueError names the first that is not one."""
     lines = []
     for number, text in enumerate(data.splitlines(), 1):
         try:

@@ -516,7 +516,7 @@ def plan(name: str, args, device: torch.device) -> tuple[bool, bool]:
         remedy = "lower --budget or --G, add --gradient_checkpointing, or set --beta 0 (no reference)"
         if fixed > have:
             remedy = ("no setting helps: choose a smaller model or a larger GPU, or more GPUs with torchrun "
-                      "(results/README.md has a table)")
+                      "(plumbing/README.md has a table)")
         refuse(f"{args.model} needs {need:.1f} GiB and {device} has {have:.1f}; {remedy}")
     if not args.eval_only:
         out = Path(args.out).absolute()

@@ -153,7 +153,7 @@ def evaluate(
     and what report.trace shows of it."""
     prompt, prompt_mask = encode(model, [row["prompt"] for row in task.test])
     metrics, answers, shown = {}, [], {}
-    for kind, threshold in (("eval", None), ("threshold", settings.eval_threshold * adaptive)):
+    for kind, threshold in (("eval", None), ("threshold", settings.eval_threshold if adaptive else 0)):
         if threshold == 0:
             continue
         before = model.counts["nfe_rollout"]
@@ -161,13 +161,14 @@ def evaluate(
                         temperature=0, threshold=threshold, budget=settings.budget)
         forwards = model.total(model.counts["nfe_rollout"] - before)
         reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
-        answers = answers or list(zip(texts, parts["correct"].tolist(), strict=True))
-        everything = vars(roll) | parts | {"reward": reward}
-        shown = shown or {name: everything[name].cpu() for name in SHOWN}
+        if kind == "eval":
+            answers = list(zip(texts, parts["correct"].tolist(), strict=True))
+            everything = vars(roll) | parts | {"reward": reward}
+            shown = {name: everything[name].cpu() for name in SHOWN}
         means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
         metrics |= {f"{kind}_{name}": values.double().mean().item() for name, values in means.items()}
         metrics[f"{kind}_nfe_per_row"] = forwards / len(task.test)
-    metrics["eval_rows"] = len(task.test)  # so that only what can be compared is
+    metrics["eval_rows"] = len(task.test)  # only evaluations of equally many rows are compared
     if adaptive:
         metrics["eval_threshold"] = settings.eval_threshold
     return metrics, answers, shown
@@ -275,8 +276,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 class FolderRun(Run):
-    """A run with a folder (args.json, metrics.jsonl, before.pt, state.pt, curve.png, trace.html, model/), a
-    clock, counters and ctrl-C. Every process has one, and process 0 writes the folder."""
+    """A run with a folder (args.json, metrics.jsonl, evals.jsonl, before.pt, state.pt, curve.png, trace.html,
+    model/), a clock, counters and ctrl-C. Every process has one, and process 0 writes the folder."""
 
     def __init__(self, settings: SimpleNamespace, method: str, task: Task):
         """Take hold of the folder."""
@@ -429,8 +430,8 @@ class FolderRun(Run):
         return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.out))}"
 
     def save(self):
-        """Write state.new, if the weights are finite: a checkpoint once it has led to a finite update. It is
-        the same file for any number of processes, and whether weights are sharded or not."""
+        """Write state.new, if the weights are finite. It becomes the checkpoint once a finite update follows.
+        It is the same file for any number of processes, and whether weights are sharded or not."""
         weights = parallel.weights(self.model)  # sharded: on process 0 alone
         if parallel.total(sum(not v.isfinite().all() for v in weights.values() if v is not None)):
             return tqdm.write(f"update {self.update}: weights are not finite, not saved")
@@ -555,7 +556,7 @@ class FolderRun(Run):
             save_model(self.model, self.out / "model", weights)
             try:
                 lines = comparable(read_lines((self.out / "metrics.jsonl").read_bytes()))
-            except ValueError as error:  # somebody else's, since the run began
+            except ValueError as error:  # another program has written into it since the run began
                 self.fail(f"model/ is written, and metrics.jsonl cannot be used: {error}")
             evals = [line for line in lines if "eval_accuracy" in line]
             keep_answers(self.settings, self.model, self.update, evals[-1], self.answers)
@@ -567,9 +568,8 @@ class FolderRun(Run):
         print_report(self.task, self.settings, before | {"after": evals[-1]}, self.answers)
         if evals[0]["update"]:
             print("(the model before training was evaluated on other rows, which are not comparable)")
-        nfe, updates, seconds = (self.counters[k] for k in ("nfe_rollout", "nfe_update", "seconds"))
-        print(f"\n{seconds / 60:.1f} minutes of RL; NFE (canvases evaluated): "
-              f"{nfe:,} in rollouts, {updates:,} in updates")
+        print(f"\n{self.counters['seconds'] / 60:.1f} minutes of RL; NFE (canvases evaluated): "
+              f"{self.counters['nfe_rollout']:,} in rollouts, {self.counters['nfe_update']:,} in updates")
         print(f"{self.out}/ has trace.html (how it denoised), curve.png, metrics.jsonl, evals.jsonl (every "
               "answer), state.pt and model/ (a transformers folder)")
         wanted = self.settings.updates

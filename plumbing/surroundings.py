@@ -39,7 +39,7 @@ class Lasting:
 
 
 def settle():
-    """To be called before anything is printed. Refuses half of what torchrun sets."""
+    """Call it before anything is printed. Refuses an incomplete set of torchrun's variables."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed from the start
         if not isinstance(stream, Lasting):
@@ -50,7 +50,7 @@ def settle():
 
 
 def settle_processes():
-    """torchrun's variables are all there, or none is. Without WORLD_SIZE the others are left over."""
+    """Refuse an incomplete set of torchrun's variables. Without WORLD_SIZE, those left over are removed."""
     if "WORLD_SIZE" not in os.environ:
         for name in TORCHRUN:
             os.environ.pop(name, None)

@@ -31,11 +31,10 @@ class Recipe:
     row: Callable[[dict], dict]  # from the columns of the hub or of a file; ValueError if they cannot be used
     reward: Callable  # (text, row) -> total, {"correct": 0.0 or 1.0, "parse_fail": 0.0 or 1.0, ...}
     draw: Callable = lambda text, row: text.splitlines()[:8]  # (text, row) -> lines for a person
-    sources: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # "train", "test",
-    "validation";
-    # "train" alone is split here
+    # "train", "test" and "validation". Where there is "train" alone, load() splits it.
+    sources: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)
+    # No row of "train" has the key of a row of "test".
     key: Callable[[dict], object] = lambda row: " ".join(row.get("question", row["prompt"]).split())
-    # what train and test have no two of in common
     parallel: bool = False  # the reward waits for other processes
     flawed: Callable[[list[dict]], list[str]] = lambda rows: [""] * len(rows)  # why a row teaches nothing
     right: Callable[[dict], str | None] = lambda row: None  # a right answer, None if none is known
@@ -80,13 +79,14 @@ def names(of: str = "TASK") -> list[str]:
 def load(
     name: str, *, chat: bool, data: str = "", test_data: str = "", train: bool = True, held_out: str = "test"
 ) -> Task:
-    """The task `name`. `chat`: the model has a chat template; without one there are those with a TINY.
+    """The task `name`. `chat`: has the model a chat template? Without one a task needs a TINY.
 
     `data` is a local training file in place of the published rows, `test_data` a held-out one. With `data`
     alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out. Training rows whose
     key is held out are dropped: a published training set contains half of its test set. With train=False
-    there are no training rows. held_out="validation": the rows of a tiny task to stop a base by and to tune
-    on. Raises ValueError, in one line, for what cannot be used."""
+    there are no training rows. held_out="validation": rows to stop a base by and to tune on; of a task
+    without such rows, the last 1024 keys of "train". Raises ValueError, in one line, for what cannot be
+    used."""
     module = find(name)
     if not chat and not hasattr(module, "TINY"):
         raise ValueError(f"{name} needs a model with a chat template")
