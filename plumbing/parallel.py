@@ -207,8 +207,8 @@ class Sharded(Replicated):
             layer.set_reshard_after_forward(True)
 
     def clip_gradient(self, max_norm: float) -> float:
-        """FSDP2 has summed the gradients of shards, in fp32, after each backward. This process knows the norm of
-        its own shards alone; full_tensor() combines them."""
+        """FSDP2 has summed the gradients of shards, in fp32, after each backward. This process knows the norm
+        of its own shards alone; full_tensor() combines them."""
         grads = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).full_tensor()
         torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), max_norm, norm)
