@@ -473,7 +473,9 @@ def minibatches(pairs: Tensor, prompts: int, G: int, count: int, gen: torch.Gene
 
     A minibatch holds all pairs of its groups, of which there are prompts / count, drawn by gen (on the CPU).
     A minibatch without any pair is left out: an optimizer step there would be momentum and weight decay
-    alone. AssertionError unless count divides prompts: the normalisers of the methods need equal parts."""
+    alone. AssertionError for G below 2, since an advantage compares the samples of one prompt, and unless
+    count divides prompts, since the normalisers of the methods need equal parts."""
+    assert G >= 2, f"groups of {G} have nothing to compare"
     assert prompts % count == 0, f"{count} minibatches do not divide {prompts} prompts: groups stay whole"
     for groups in torch.randperm(prompts, generator=gen).to(pairs.device).chunk(count):
         batch = pairs[torch.isin(pairs[:, 0] // G, groups)]

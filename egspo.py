@@ -235,7 +235,8 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
         pairs = taken.nonzero()  # (M, 2): a row and one of its K steps
         if not reference:  # without a KL, an advantage of 0 cannot move a weight: such pairs are left out
             pairs = worth_scoring(model, pairs, adv[pairs[:, 0], pairs[:, 1]] != 0, args.passes)
-        B, infos = len(rows) // args.minibatches, []  # B rows of a minibatch
+        tokens = len(rows) // args.minibatches * K * n  # of a minibatch, those of steps not taken included
+        infos = []
         for pass_no in range(args.passes):
             gen = generator("cpu", args.seed, "pass", update, pass_no)
             for batch in minibatches(pairs, args.prompts, args.G, args.minibatches, gen):
@@ -251,7 +252,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
                         loss = loss + args.beta * kl
                         info["kl"] += kl.sum().item() / len(batch)
                     loss = loss * weight[r, k]
-                    loss = loss.sum() / (B * K * n)  # a step that was not taken counts as 0
+                    loss = loss.sum() / tokens
                     loss.backward()
                     info["loss"] += loss.item()
                     info["clip_frac"] += was_clipped.sum().item() / len(batch)

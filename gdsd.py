@@ -76,7 +76,6 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping (paper: 0.2)
 
     def __post_init__(self):
-        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert self.num_mc >= 1, "--num_mc must be at least 1"
         assert self.topk >= 0, "--topk must be at least 0"
 

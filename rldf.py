@@ -73,7 +73,6 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping (paper: 1)
 
     def __post_init__(self):
-        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert 1 <= self.K <= self.most_steps, (
             f"--K {self.K} must be at least 1 and at most {self.most_steps}, the steps a row can take")
         assert self.tau > 0 and self.threshold <= 1 and self.eps <= 1, (

@@ -68,7 +68,6 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping
 
     def __post_init__(self):
-        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert self.num_mc >= 1 and self.eps <= 1, "--num_mc must be at least 1 and --eps at most 1"
 
 

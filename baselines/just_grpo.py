@@ -75,7 +75,6 @@ class Args:
     grad_norm: float = 1.0  # gradient clipping (released: 0.125 in this file's scale)
 
     def __post_init__(self):
-        assert self.G >= 2, "--G must be at least 2: an advantage compares the samples of one prompt"
         assert self.eps <= 1, "--eps must be at most 1: a ratio is never below 0"
 
 

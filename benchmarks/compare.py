@@ -251,7 +251,9 @@ def every_table() -> dict[str, str]:
 
     there = finished()
     main = {task: {method: runs_of(there, method, task) for method in MAIN} for task in TINY}
-    tuned, configs = lines("tuning.jsonl"), base_configs()
+    configs, tuned = base_configs(), {}  # tuned: the lines of each base, by its digest
+    for line in lines("tuning.jsonl"):
+        tuned.setdefault(line["base"], []).append(line)
     # What the bases of a task knew at the end of their first phase, with one token a step: what RL can bring
     # out.
     known = {task: [config["knows"]["test_one_token"] for config in configs.values()
@@ -270,7 +272,7 @@ def every_table() -> dict[str, str]:
         "long": tables.long_table(long, known["sudoku"][0]),
         "ablations": tables.ablation_table(changed, known["sudoku"][:2]),
         **{f"tuning {name}": tables.tuning_table(tried, configs[name]["knows"]["validation_one_token"])
-           for name in configs if (tried := [row for row in tuned if row["base"] == digest(BASES / name)])},
+           for name in configs if (tried := tuned.get(digest(BASES / name)))},
         "tree": tables.tree_table(lines("tree.jsonl")),
         "nats": tables.nats_table(lines("tree.jsonl")),
         "gradients": tables.gradients_table(lines("gradients.jsonl")),

@@ -159,8 +159,8 @@ def budget_table(
 
 
 def ablation_table(runs: list[tuple[str, str, list[list[dict]]]], known: list[float]) -> str:
-    """A row for each (method, change of its command, runs on Sudoku). known: the share that each
-    base knows."""
+    """A row for each (method, change of its command, runs on Sudoku). known: the share that each base
+    knows."""
     if not runs:
         return "Not measured."
     everything = flat(sum((found for _, _, found in runs), []))

@@ -39,7 +39,7 @@ def gdsd(prompts: int, G: int, minibatches: int, lr: str, psi: float, order: str
         --num_mc {num_mc} --passes {passes} --order {order} {more}""".split())
 
 
-def around(script: str, prompts: int, G: int, lr: float, other: tuple[int, int] = ()) -> list[str]:
+def around(script: str, prompts: int, G: int, lr: float, other: tuple[int, int] | None = None) -> list[str]:
     """Commands of a method: its settings; half and twice the learning rate; and, with other prompts and G,
     those, and a higher temperature."""
     tried = [(prompts, G, lr, 1.0), (prompts, G, lr / 2, 1.0), (prompts, G, lr * 2, 1.0)]
@@ -89,9 +89,9 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def launch(base: str, seed: int, command: str, folder: str):
+def launch(task: str, base: str, seed: int, command: str, folder: str):
     """One run; its line is added to the results."""
-    task, out = base.split("-")[0], Path(folder, f"{command} {seed}".replace(" ", "").replace("/", ""))
+    out = Path(folder, f"{command} {seed}".replace(" ", "").replace("/", ""))
     quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                  stderr=subprocess.DEVNULL)
     where = ["--model", BASES / base, "--test_data", f"{folder}/validation.jsonl", "--out", out]
@@ -115,12 +115,14 @@ def launch(base: str, seed: int, command: str, folder: str):
 def tune(base: str, jobs: int):
     there = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     done = {(row["seed"], row["command"]) for row in there if row["base"] == digest(BASES / base)}
+    task = base.split("-")[0]
     wanted = [(seed, command) for seed, commands in ((11, TRIED), (12, AGAIN)) for command in commands[base]]
     with tempfile.TemporaryDirectory() as folder:
-        rows = find(base.split("-")[0]).TINY.sources["validation"]()
+        rows = find(task).TINY.sources["validation"]()
         Path(folder, "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda job: launch(base, *job, folder), [job for job in wanted if job not in done]))
+            list(pool.map(lambda job: launch(task, base, *job, folder),
+                          [job for job in wanted if job not in done]))
 
 
 if __name__ == "__main__":

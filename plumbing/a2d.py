@@ -147,9 +147,9 @@ def load_causal(
 
 @torch.no_grad()
 def add_mask(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
-    """Give the model a mask token if it has none, and that an embedding if it lacks one: the mean of those
-    before it. Ids up to the size of the embedding may be free (Qwen); otherwise it
-    grows, and so does an untied head."""
+    """Give the model a mask token if it has none, and the token an embedding if it lacks one: the mean of
+    those before it. Ids up to the size of the embedding may be free (Qwen); otherwise the embedding grows,
+    and so does an untied head."""
     vocabulary, V = tokenizer.get_vocab(), network.config.vocab_size
     named = [tokenizer.mask_token_id, *map(vocabulary.get, MASKS)]
     mask = next((i for i in named if i is not None), None)

@@ -262,6 +262,13 @@ def test_groups_without_a_pair_make_no_minibatch():
     assert list(minibatches(pairs[:0], 4, 2, 2, torch.Generator())) == []
 
 
+@pytest.mark.parametrize("prompts, G, count", [(5, 2, 4), (4, 1, 2)])
+def test_unequal_minibatches_and_groups_of_one_are_refused(prompts, G, count):
+    """Also where a method's file is copied and no command line is there to check."""
+    with pytest.raises(AssertionError):
+        list(minibatches(torch.zeros(1, 2, dtype=torch.long), prompts, G, count, torch.Generator()))
+
+
 def test_what_is_not_worth_scoring_is_counted_all_the_same():
     model, pairs = sharp_model(), torch.tensor([[0, 0], [0, 1], [3, 0], [5, 2]])
     moves = torch.tensor([True, False, False, True])
