@@ -79,8 +79,8 @@ def joined(tokens: list[str]) -> list[str]:
     out, i = [], 0
     while i < len(tokens):
         token, i = tokens[i], i + 1
-        decimals = out[-1:] == ["."] and out[-2:-1] != [] and out[-2].isdigit()
-        if token.isdigit() and token.isascii() and len(token) <= 3 and not decimals:
+        if token.isdigit() and token.isascii() and len(token) <= 3 and not (  # nor are they decimals
+                out[-1:] == ["."] and out[-2:-1] and out[-2].isdigit()):
             while (end := separator(tokens, i)) > i and three_digits(tokens, end) and not (
                     tokens[i].isspace() and tokens[end + 1 : end + 2] == ["/"]):  # 18 100/200
                 token, i = token + tokens[end], end + 1

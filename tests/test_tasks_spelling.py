@@ -205,6 +205,7 @@ def test_no_text_takes_long_to_read(name):
             if spent <= 1:
                 break
             assert tries_left, (name, parts, spent)
+            time.sleep(0.2)  # so that one burst of other work does not fall on all ten
 
 
 def test_the_text_that_hung():
