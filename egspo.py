@@ -271,7 +271,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 # 1e-4 of the steps, then constant).
 # Their train_vision_egspo.sh, GSM8K too, has lambda 0.1 and a return not divided by 1 + lambda, eps_lo 0.5,
 # l(b, s) as the mean over its tokens, r_s of the correctness reward alone, and one step per rollout.
-SUDOKU = dict(updates=160, eval_every=40)
+SUDOKU = dict(lr=5e-5, updates=160, eval_every=40)
 COUNTDOWN = dict(L=8, S=4, block=4, G=8, minibatches=2, lr=2e-4, updates=200)
 LLM = dict(prompts=4, G=8, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, beta=0.04, lr=1e-6,
            grad_norm=0.2)

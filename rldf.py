@@ -242,7 +242,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words (LLM).
 # LLM is the released script for LLaDA and MATH throughout, full fine-tuning without warm-up included, except
 # that a rollout has 8 prompts on however many GPUs (8 on each).
-SUDOKU = dict(updates=80, eval_every=20)
+SUDOKU = dict(lr=1e-4, updates=100, eval_every=25)
 COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=4, lr=1e-4, updates=150)
 LLM = dict(prompts=8, G=4, L=256, S=256, block=32, minibatches=1, p_min=0.6, beta=0.01, lr=1e-6,
            weight_decay=0.0)

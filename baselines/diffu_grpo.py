@@ -178,7 +178,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
-SUDOKU = dict(updates=60, eval_every=15)
+SUDOKU = dict(lr=1.5e-5, updates=75, eval_every=15)
 COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, updates=120, eval_every=30)
 # Released (d1, commit 837888f): G, eps, beta, mu (Sudoku and Countdown: 8), weight decay; and T, but for
 # rollouts alone. Ours: 4 prompts, theirs 16; all weights, theirs a LoRA of rank 128 on 4-bit weights; no

@@ -167,7 +167,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words; a row
 # takes L forwards.
-SUDOKU = dict(updates=20, eval_every=5)
+SUDOKU = dict(lr=2e-4, updates=28, eval_every=7)
 COUNTDOWN = dict(L=8, S=4, block=4, prompts=32, G=8, updates=52, eval_every=13)
 # Released (commit eebe50e): G, T, lr, AdamW, one step on a rollout, no warm-up, all weights, and clip, theirs
 # 1 for the sum of 8 micro-batches. Ours: 2 prompts, theirs 64; L, S and block, which are EGSPO's.
