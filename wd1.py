@@ -200,7 +200,7 @@ SUDOKU = dict(updates=85, eval_every=20)
 COUNTDOWN = dict(L=8, S=4, block=4, passes=2, minibatches=4, lr=5e-5, updates=180)
 LLM = dict(prompts=4, G=6, L=256, S=128, block=32, minibatches=1, temperature=0.9, K=8, passes=12, lr=3e-6,
            grad_norm=0.2)
-PLUSPLUS = (dict(prompts=16, order="top_prob", passes=1, minibatches=2, lr=2e-4, updates=100,
+PLUSPLUS = (dict(prompts=16, order="top_prob", passes=1, minibatches=2, lr=1e-4, updates=100,
                  eval_every=25),
             dict(L=8, S=4, block=4, prompts=16, order="top_prob", passes=1, minibatches=2, lr=2e-4,
                  updates=160, eval_every=40),

@@ -54,8 +54,8 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; o
     "GDSD": ["--psi 0.2", "--psi 2", "--num_mc 2", "--passes 2", "--weights elbo", "--order top_prob"],
 }
 LONG = {  # ten times the default updates (wd1++ twenty), on one base
-    "EGSPO-SA": 1600, "RLDF": 800, "wd1": 850, "wd1++": 2000, "GDSD": 320, "diffu-GRPO": 600, "ESPO": 120,
-    "JustGRPO": 200}
+    "EGSPO-SA": 1600, "RLDF": 1000, "wd1": 850, "wd1++": 2000, "GDSD": 320, "diffu-GRPO": 750, "ESPO": 120,
+    "JustGRPO": 280}
 WHEN = {  # which to take when, for the README
     "EGSPO": "if guesses cannot be rewarded", "EGSPO-SA": "first", "RLDF": "to decode adaptively",
     "wd1": "for the cheapest update", "wd1++": "for the quickest start; no ratio, no clip",
