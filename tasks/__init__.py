@@ -210,7 +210,7 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
             rows[number] = row
         except (Exception, SystemExit) as error:  # a row may hold anything
             missing = "it lacks " if isinstance(error, KeyError) else ""
-            wrong[number] = textwrap.shorten(f"{missing}{error}", 160)
+            wrong[number] = textwrap.shorten(f"{missing}{str(error) or type(error).__name__}", 160)
     try:
         flaws = recipe.flawed(list(rows.values()))
     except RuntimeError as error:  # what judges them does not work here
