@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isfinite  # not math, which is a task of this folder
 from pathlib import Path
 from types import ModuleType
 
@@ -170,7 +170,7 @@ def reward_form() -> Callable:
         names.update(names or parts)
         if parts.keys() != names:
             raise ValueError(f"its parts were {sorted(names)} before, and here are {sorted(parts)}")
-        if not (math.isfinite(sum(parts.values(), total))
+        if not (isfinite(sum(parts.values(), total))
                 and all(0 <= parts[name] <= 1 for name in ("correct", "parse_fail"))):
             raise ValueError(f"{total}, {parts}: all are finite, and those two from 0 to 1")
         return total, parts
