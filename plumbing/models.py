@@ -155,6 +155,14 @@ def count_stored(folder: str) -> int:
     return total
 
 
+def check_finite(name: str, raw: dict):
+    """Refuse a config.json with a number that JSON does not know, on which a network would quietly go on."""
+    try:
+        json.dumps(raw, allow_nan=False)
+    except ValueError:
+        refuse(f"{name} has NaN or Infinity in its config.json")
+
+
 def check_layers(name: str, fields: dict):
     """Refuse more layers than any model has, before a network is built from the fields of a config.json."""
     layers = fields.get("num_hidden_layers")
@@ -184,7 +192,7 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         if pipes := [str(file) for file in Path(where).glob("*") if file.is_fifo()]:  # nobody may fill it
             refuse(f"{name} holds what is no file: {pipes[0]}")
         raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
-        json.dumps(raw, allow_nan=False)  # ValueError for a number that is not finite
+        check_finite(name, raw)
         kind = raw.get("model_type")
         if kind not in STOCK and kind not in KINDS:
             refuse(f"{name} is a {kind!r} model; the kinds that can be loaded are: "

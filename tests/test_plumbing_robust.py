@@ -234,11 +234,11 @@ def test_rewards_of_any_numbers(body, base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("body, said", [
-    ("return text[0] and 1 / 0 if text else (0., dict(correct=0., parse_fail=0.))", "line 5: .*ZeroDivision"),
+    ("return text[0] and 1 / 0 if text else (0., dict(correct=0., parse_fail=0.))", "ZeroDivision"),
     ("return None if text else (0., dict(correct=0., parse_fail=0.))", "TypeError"),
     ("return float('nan' if text else 0), dict(correct=0., parse_fail=0.)", "nan"),
     ("return 0., dict(correct=0., parse_fail=0., **({'x': 1} if text else {}))", "parts"),
-    ("exit(0) if text else None; return 0., dict(correct=0., parse_fail=0.)", "line 5: .*SystemExit")])
+    ("exit(0) if text else None; return 0., dict(correct=0., parse_fail=0.)", "SystemExit")])
 def test_a_reward_of_ones_own_that_falls_midway_is_one_line(body, said, base, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(OWN.replace("BODY", body))
@@ -246,6 +246,7 @@ def test_a_reward_of_ones_own_that_falls_midway_is_one_line(body, said, base, tm
     line = refused(capfd, "--model", base, *SMALL, "--updates", 1, "--task", "mine.py", "--data",
                    "rows.jsonl", "--out", "run", status=1)
     assert re.search(f"mine.py.*: a reward is .*{said}", line)
+    assert ("mine.py, line 5: " in line) == (said in ("ZeroDivision", "SystemExit"))
 
 
 def test_a_fingerprint_is_of_contents(tmp_path):
