@@ -574,8 +574,8 @@ def reward_rows(
         else:
             scored = [task.reward(*pair) for pair in own]
         scored = model.gather(scored)
-    parts = {k: torch.tensor([p[k] for _, p in scored]) for k in scored[0][1]}
-    return torch.tensor([reward for reward, _ in scored], device=tokens.device), parts, texts
+    parts = {k: torch.tensor([float(p[k]) for _, p in scored]) for k in scored[0][1]}
+    return torch.tensor([float(reward) for reward, _ in scored], device=tokens.device), parts, texts
 
 
 def rollout_metrics(roll: Rollout, reward: Tensor, parts: dict[str, Tensor], G: int) -> dict[str, float]:

@@ -134,7 +134,8 @@ def saved_settings(Args: type, method: str, folder: str) -> dict:
     kinds = typing.get_type_hints(Args) | typing.get_type_hints(Flags) | {"saved": int, "fingerprints": dict}
     if saved.keys() != kinds.keys():
         refuse(f"{file} cannot be read: it lacks or has too many of {sorted(saved.keys() ^ kinds.keys())}")
-    wrong = [k for k, v in saved.items() if not is_of(v, kinds[k])]
+    wrong = [k for k, v in saved.items() if not is_of(v, kinds[k])
+             or k == "fingerprints" and not all(name in FILES and is_of(v[name], str) for name in v)]
     if wrong:
         refuse(f"{file} cannot be read: {', '.join(f'{k} is {saved[k]!r:.80}' for k in wrong)}")
     return saved | {"resume": folder, "shard": False}  # there may be another number of processes now

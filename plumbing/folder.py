@@ -17,7 +17,8 @@ from typing import BinaryIO
 
 import torch
 
-MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors")  # what loading a model reads
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")  # what loading a model reads
+SHOWN = ("accuracy", "reward", "parse_fail", "nfe_per_row")  # of an evaluation
 
 
 def hold(folder: Path) -> int:
@@ -60,6 +61,8 @@ def load_checked(file: Path, check: bool = True, **how) -> dict:
     """torch.load, after a look at the checksums: torch writes a CRC-32 of each tensor and never reads it.
 
     how: of torch.load. ValueError or an error of torch or zipfile where the file is not what was written."""
+    if not file.is_file():
+        raise ValueError("it is no file")
     if check:
         with zipfile.ZipFile(file) as archive:
             if wrong := archive.testzip():
@@ -77,8 +80,12 @@ def read_lines(data: bytes) -> list[dict]:
             raise ValueError(f"line {number} is not JSON: {error}") from error
         if not isinstance(line, dict) or type(line.get("update")) is not int:
             raise ValueError(f"line {number} is not of an update")
-        if not all(value is None or type(value) in (int, float) for value in line.values()):
+        if not all(value is None or type(value) is float or type(value) is int and abs(value) < 2**63
+                   for value in line.values()):
             raise ValueError(f"line {number} holds what is no number")
+        for kind in ("eval", "threshold"):  # of what the table and the curve show
+            if f"{kind}_accuracy" in line and None in map(line.get, (f"{kind}_{name}" for name in SHOWN)):
+                raise ValueError(f"line {number} is not a whole evaluation")
         lines.append(line)
     return lines
 

@@ -26,6 +26,8 @@ import re
 import resource
 import shutil
 import signal
+import string
+import unicodedata
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -80,7 +82,9 @@ LLADA_CONFIG = {
     "attention_bias": "include_qkv_bias", "mlp_bias": "include_bias", "tie_word_embeddings": "weight_tying",
     "pad_token_id": "pad_token_id", "eos_token_id": "eos_token_id",
 }
-NOT_OURS = ("auto_map", "architectures", "model_type", "quantization_config")  # check_weights tells the last
+# check_weights tells the fourth; of a classifier's labels a list would be made, as long as they say
+NOT_OURS = ("auto_map", "architectures", "model_type", "quantization_config", "num_labels", "id2label",
+            "label2id")
 LLADA_FIXED = {  # in every release; another value would change the network but not the parameters' names
     "alibi": False, "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False,
     "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
@@ -118,7 +122,8 @@ def refuse_adapter(name: str, where: str, revision: str | None):
     """Refuse an adapter in the folder or under the hub id, alone or beside the weights of a whole model."""
     if Path(where).is_dir():
         found = any(re.search(r"^adapter|(^|[^a-z])lora", file.name, re.IGNORECASE)
-                    and file.suffix in (".json", ".safetensors", ".bin") for file in Path(where).iterdir())
+                    and file.suffix.lower() in (".json", ".safetensors", ".bin", ".pt")
+                    for file in Path(where).iterdir())
     else:
         found = find_adapter_config_file(where, revision=revision or "main") is not None
     if found:
@@ -150,6 +155,14 @@ def count_stored(folder: str) -> int:
     return total
 
 
+def check_finite(name: str, raw: dict):
+    """Refuse a config.json with a number that JSON does not know, on which a network would quietly go on."""
+    try:
+        json.dumps(raw, allow_nan=False)
+    except ValueError:
+        refuse(f"{name} has NaN or Infinity in its config.json")
+
+
 def check_layers(name: str, fields: dict):
     """Refuse more layers than any model has, before a network is built from the fields of a config.json."""
     layers = fields.get("num_hidden_layers")
@@ -176,7 +189,10 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
     where = locate(name, revision)
     try:
         refuse_adapter(name, where, revision)
+        if pipes := [str(file) for file in Path(where).glob("*") if file.is_fifo()]:  # nobody may fill it
+            refuse(f"{name} holds what is no file: {pipes[0]}")
         raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
+        check_finite(name, raw)
         kind = raw.get("model_type")
         if kind not in STOCK and kind not in KINDS:
             refuse(f"{name} is a {kind!r} model; the kinds that can be loaded are: "
@@ -263,7 +279,9 @@ def load_model(
         if not is_bidirectional(model):
             refuse(f"{name} is causal: a masked position does not see the tokens after it")
         model.bf16 = bf16_on_this_cpu(count(network))
-    except Exception as error:  # of any kind: tokenizers raises bare ones, a template whatever it likes
+    except BaseException as error:  # of any kind: tokenizers raises bare ones, and those of Rust
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         refuse(f"{name} cannot be loaded: {one_line(error)}")
     network.config.mask_token_id = ids[0]
     network.generation_config = GenerationConfig()  # theirs is for generate(), and Dream's cannot be saved
@@ -295,7 +313,7 @@ def apart(work: Callable[[], list], seconds: int = 2, gib: int = 2) -> list | st
                 signal.setitimer(timer, limit)
             try:
                 answer = work()
-            except Exception as error:  # of any kind: a template raises whatever it likes
+            except BaseException as error:  # of any kind: a template raises whatever it likes
                 answer = one_line(error)
             with open(write, "w") as pipe:
                 json.dump(answer, pipe)
@@ -304,8 +322,10 @@ def apart(work: Callable[[], list], seconds: int = 2, gib: int = 2) -> list | st
     os.close(write)
     with open(read) as pipe:
         answer = pipe.read()
-    os.waitpid(child, 0)
-    return json.loads(answer) if answer else f"it takes more than {seconds} seconds, or {gib} GiB of memory"
+    _, status = os.waitpid(child, 0)
+    if status == 0 and answer:
+        return json.loads(answer)
+    return f"it takes more than {seconds} seconds, or {gib} GiB of memory"
 
 
 def check_prompts(name: str, model: Denoiser, reads_words: bool):
@@ -313,7 +333,9 @@ def check_prompts(name: str, model: Denoiser, reads_words: bool):
     prompt for the same message another day. reads_words: it is not the tokenizer of a tiny task."""
     tokenizer = model.tokenizer
     line = "what is (12 + 34) * 5 - 67 / 89 for the other one "
-    messages = ["one", "two", line, line * 200] if reads_words else [""]  # 10,000 characters: loops multiply
+    signs = string.ascii_uppercase + string.punctuation + "\u00e9\u03b1\u2264\u5b57"
+    # the last of 10,000 characters: loops multiply
+    messages = ["one", "two", line, signs, line * 200] if reads_words else [""]
 
     def no_date():
         raise ValueError("it reads the date, so no run could be repeated: write a date in its place")
@@ -329,7 +351,7 @@ def check_prompts(name: str, model: Denoiser, reads_words: bool):
         return made
 
     def squeezed(text: str) -> str:
-        return "".join(text.lower().split())
+        return "".join(unicodedata.normalize("NFKC", text).lower().split())
 
     made = apart(prompts)
     if isinstance(made, str):

@@ -39,8 +39,8 @@ def print_report(task: Task, args, columns: dict[str, dict[str, float]], answers
             print(f"{'forwards per row' + decoding:<26}{gap}{row}")
     error = max((c["eval_accuracy"] * (1 - c["eval_accuracy"]) / n) ** 0.5 for c in columns.values())
     print(f"(standard error of a solved share: {100 * error:.1f} points)")
-    for label, correct in (("solved", 1.0), ("failed", 0.0)):
-        found = [(text, row) for (text, c), row in zip(answers, task.test, strict=True) if c == correct]
+    for label, solved in (("solved", True), ("failed", False)):
+        found = [(text, row) for (text, c), row in zip(answers, task.test, strict=True) if (c == 1) == solved]
         blocks = [task.draw(text, row) for text, row in found[:3]]
         print(f"\n{label}:" + ("" if blocks else " none"))
         if all(len(line) < 30 for block in blocks for line in block):  # boards: side by side
@@ -191,7 +191,7 @@ def trace(file: Path, model: Denoiser, task: Task, args, columns: dict[str, dict
         return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
     kinds = {kind: [] for outcome, kind in KINDS.items() if len(outcome) == len(columns)}
-    correct = [shown["correct"].tolist() for shown in columns.values()]
+    correct = [(shown["correct"] == 1).tolist() for shown in columns.values()]  # a half is not solved
     for i, outcome in enumerate(zip(*correct, strict=False)):  # a resumed run may evaluate more or fewer
         kinds[KINDS[outcome]].append(i)
     ranked = sorted((kind == "stayed solved", rank, number, kind, i)

@@ -56,6 +56,9 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
     except KeyboardInterrupt:  # before the first update or after the last one; between them see interrupt()
         print("\nstopped by ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+    except tasks.OwnError as error:  # a reward of one's own met a text that it cannot read
+        parallel.after_rank_0()
+        sys.exit(f"error: {error}")
     except OSError as error:  # a name too long, a folder that was moved, deleted or made read-only meanwhile
         if not begun:
             refuse(one_line(error))
@@ -136,7 +139,9 @@ def longest_prompt(model: Denoiser, texts: list[str]) -> int:
             if model.tokenizer.chat_template:
                 part = [chat_prompt(model, text) for text in part]
             longest = max(longest, *map(len, model.tokenizer(part, add_special_tokens=False)["input_ids"]))
-    except Exception as error:  # of any kind: tokenizers raises bare ones
+    except BaseException as error:  # of any kind: tokenizers raises bare ones, and those of Rust
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         refuse(f"a prompt between row {first + 1} and {first + len(part)} cannot be read by the model: "
                f"{one_line(error)}")
     return longest
@@ -256,15 +261,22 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
     try:  # mmap: 96 GB at 8 B parameters, which are never in the machine's memory all at once
         state = load_checked(file, map_location="cpu", check=parallel.rank() == 0, mmap=True)
         shards, saved = model.network.state_dict(), state.pop("network")
+        if parallel.rank() == 0 and not all(v.isfinite().all() for v in saved.values()):
+            raise ValueError("its weights are not finite")
         model.network.load_state_dict({k: parallel.like(v, shards.get(k)) for k, v in saved.items()})
         if optimizer:
+            all_moments = state["optimizer"]["state"]
+            if state["counters"]["optimizer_steps"] and not all_moments:
+                raise ValueError("it lacks the moments of Adam")
             for i, p in enumerate(optimizer.param_groups[0]["params"]):
-                moments = state["optimizer"]["state"].get(i, {})
+                moments = all_moments.get(i, {})
+                if any(v.shape not in (p.shape, ()) for v in moments.values()):
+                    raise ValueError(f"moments of Adam do not fit to parameter {i}")
                 moments.update({k: parallel.like(v, p) for k, v in moments.items() if v.shape == p.shape})
             optimizer.load_state_dict(state["optimizer"])
         rest = {k: state[k] for k in ("update", "counters", "metrics_bytes")}
         numbers = [rest["update"], rest["metrics_bytes"], *(rest["counters"][k] for k in COUNTED)]
-        if type(rest["update"]) is not int or not all(n >= 0 for n in numbers):
+        if {type(n) for n in numbers[:2]} != {int} or not all(0 <= n < math.inf for n in numbers):
             raise ValueError(f"its counters are {numbers}")
         return rest
     except Exception as error:  # of any kind: the file may be anything
@@ -333,6 +345,8 @@ class FolderRun(Run):
         """Bring the folder to where its checkpoint left it, with `logged` bytes of metrics.jsonl. Nothing is
         changed before all is known to fit together."""
         log = self.out / "metrics.jsonl"
+        if log.exists() and not log.is_file():
+            refuse(f"{log} is no file")
         held = log.read_bytes()[:logged] if log.exists() else b""
         if len(held) < logged:
             refuse(f"{log} is shorter than it was at the checkpoint: {len(held)} of {logged} bytes")
@@ -340,7 +354,7 @@ class FolderRun(Run):
             lines = read_lines(held)
         except ValueError as error:
             refuse(f"{log} cannot be used: {error}")
-        if lines and lines[-1]["update"] != self.update:
+        if (lines[-1]["update"] if lines else 0) != self.update:
             refuse(f"{log} is not that of the checkpoint, which was made after update {self.update}")
         (self.out / "state.new").unlink(missing_ok=True)
         self.write_settings()

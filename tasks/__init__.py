@@ -13,11 +13,14 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isfinite  # not math, which is a task of this folder
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +52,7 @@ def find(name: str) -> ModuleType:
             raise ValueError(f"unknown task {name!r}: choose from {', '.join(names())}")
         return importlib.import_module(f"tasks.{name}")
     try:
+        check_is_file(name)
         module = imported(Path(name).resolve(strict=True))
     except (Exception, SystemExit) as error:  # it may hold anything
         raise ValueError(textwrap.shorten(f"cannot load {name}: {type(error).__name__}: {error}",
@@ -91,6 +95,23 @@ def load(
     if not chat and not hasattr(module, "TINY"):
         raise ValueError(f"{name} needs a model with a chat template")
     recipe = module.TASK if chat else module.TINY
+    if not name.endswith(".py"):
+        return load_recipe(recipe, name, data, test_data, train, held_out)
+    rewards = 'a reward is (total, {"correct": ..., "parse_fail": ...}): '
+    recipe = replace(recipe, reward=guarded(recipe.reward, name, rewards, reward_form()),
+                     draw=guarded(recipe.draw, name, "a drawing is a list of lines: ", drawing_form))
+    try:
+        return load_recipe(recipe, name, data, test_data, train, held_out)
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:  # its functions may do anything
+        raise ValueError(where_it_fell(name, error)) from error
+
+
+def load_recipe(
+    recipe: Recipe, name: str, data: str, test_data: str, train: bool, held_out: str
+) -> Task:
+    """The Task of a recipe; the rest is as for load()."""
     if train and not data and "train" not in recipe.sources:
         raise ValueError(f"{name} has no training rows: use --eval_only, or give --data")
     rows, test = [], []
@@ -116,21 +137,63 @@ def load(
     return Task(kept if train else [], test, recipe.reward, recipe.draw, recipe.parallel)
 
 
+class OwnError(ValueError):
+    """What a reward or a drawing of a file of one's own raised, or gave that is none, in one line."""
+
+
+def where_it_fell(name: str, error: BaseException, what: str = "") -> str:
+    """One line: the file, the line of it that was at work, and the error."""
+    at_work = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+               if frame.filename == str(Path(name).resolve())]
+    place = f"{name}, line {at_work[-1]}" if at_work else name
+    return f"{place}: {what}" + textwrap.shorten(f"{type(error).__name__}: {error}", 160)
+
+
+def guarded(function: Callable, name: str, what: str, form: Callable) -> Callable:
+    """The reward or drawing of the file `name`, with its result as form() makes it; OwnError for whatever it
+    raises. It gets a copy of the row: what it wrote there, a resumed run would not know."""
+    def call(text: str, row: dict):
+        try:
+            return form(function(text, dict(row)))
+        except (Exception, SystemExit) as error:
+            raise OwnError(where_it_fell(name, error, what)) from error
+    return call
+
+
+def reward_form() -> Callable:
+    """Makes (float, dict of floats) of what rewards returned, all with parts of the same names."""
+    names = set()
+
+    def form(found) -> tuple[float, dict[str, float]]:
+        total, parts = found
+        total, parts = float(total), {name: float(part) for name, part in parts.items()}
+        names.update(names or parts)
+        if parts.keys() != names:
+            raise ValueError(f"its parts were {sorted(names)} before, and here are {sorted(parts)}")
+        if not (isfinite(sum(parts.values(), total))
+                and all(0 <= parts[name] <= 1 for name in ("correct", "parse_fail"))):
+            raise ValueError(f"{total}, {parts}: all are finite, and those two from 0 to 1")
+        return total, parts
+    return form
+
+
+def drawing_form(found) -> list[str]:
+    if not isinstance(found, (list, tuple)) or not all(isinstance(line, str) for line in found):
+        raise TypeError(f"it is {found!r:.80}")
+    return list(found)
+
+
 def check_reward(recipe: Recipe, rows: list[dict], name: str):
     """ValueError unless a right answer earns its reward: what it needs must work before anything costly."""
     known = ((row, answer) for row in rows[:20] if (answer := recipe.right(row)) is not None)
     row, answer = next(known, (rows[0], None))
     try:
-        found = recipe.reward(answer or "", row)
-        _, correct, _ = float(found[0]), float(found[1]["correct"]), float(found[1]["parse_fail"])
+        found = recipe.reward("" if answer is None else answer, row)
+        recipe.draw("" if answer is None else answer, row)
     except RuntimeError as error:
         raise ValueError(textwrap.shorten(f"{name}: {error}", 300)) from error
-    except Exception as error:  # of a file of one's own, anything
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
-        form = '(total, {"correct": ..., "parse_fail": ...})'
-        raise ValueError(f"{name}: a reward is {form}: {reason}") from error
-    if answer is not None and correct != 1:
-        shown = textwrap.shorten(answer, 100)
+    if answer is not None and found[1]["correct"] != 1:
+        shown = textwrap.shorten(str(answer), 100)
         raise ValueError(f"{name}: a right answer earns {found[0]}, so something does not work here: {shown}")
 
 
@@ -142,12 +205,12 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
             row = recipe.row(raw)
             if not isinstance(row["prompt"], str):
                 raise ValueError("its prompt is not text")
-            recipe.key(row)
+            hash(recipe.key(row))
             json.dumps(row, ensure_ascii=False).encode()  # no tokenizer takes half a character
             rows[number] = row
-        except Exception as error:  # a row may hold anything
+        except (Exception, SystemExit) as error:  # a row may hold anything
             missing = "it lacks " if isinstance(error, KeyError) else ""
-            wrong[number] = textwrap.shorten(f"{missing}{error}", 160)
+            wrong[number] = textwrap.shorten(f"{missing}{str(error) or type(error).__name__}", 160)
     try:
         flaws = recipe.flawed(list(rows.values()))
     except RuntimeError as error:  # what judges them does not work here
@@ -194,6 +257,7 @@ def read_file(name: str) -> list[dict]:
         raise ValueError(f"cannot read {name}: it must be a .json (a list of objects), .jsonl or .csv file, "
                          "or a .parquet file")
     try:
+        check_is_file(name)
         text = Path(name).read_text(encoding="utf-8-sig") if suffix != ".parquet" else ""
         if suffix == ".parquet":
             import pyarrow.parquet  # here because it takes a second
@@ -216,6 +280,12 @@ def read_file(name: str) -> list[dict]:
     if not rows:
         raise ValueError(f"{name} is empty")
     return rows
+
+
+def check_is_file(name: str | Path):
+    """ValueError for what is there and no file: to read a pipe would wait for a writer, perhaps for ever."""
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise ValueError(f"{name} is no file")
 
 
 def read_csv(text: str) -> list[dict]:

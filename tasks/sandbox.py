@@ -942,7 +942,8 @@ def ours(what: str, function):
         described = what == "getattr" and args[0] in ("__name__", "__qualname__", "__doc__", "__module__")
         module = of_type["__module__"](value if kind is type else kind)
         own = module in OPEN or kind in (*VIEWS, type({}.values()))
-        if not (own and public or described and kind in (type, types.FunctionType)):
+        named = kind in (type, types.FunctionType, types.BuiltinFunctionType)
+        if not (own and public or described and named):
             raise AttributeError(what)
         return function(value, *args)
     return operation
@@ -982,10 +983,27 @@ def serve():
             link.printed[name] = printed.text
             setattr(sys, name, io.TextIOWrapper(printed, "utf-8", "replace", write_through=True))
         builtins.input = lambda *prompt: link.ask("input", *prompt)
+        sys.stdin = Asked(link)
         while True:
             link.answer(*link.receive())
     finally:
         os._exit(1)
+
+
+class Asked(io.TextIOBase):
+    """A program's stdin: what the test put in the place of its own."""
+
+    def __init__(self, link: Link):
+        self.link = link
+
+    def readable(self):
+        return True
+
+    def read(self, *size):
+        return self.link.ask("read", *size)
+
+    def readline(self, *size):
+        return self.link.ask("readline", *size)
 
 
 class Names(dict):
@@ -1049,7 +1067,10 @@ def judge(program: list[str], tests: list[str]):
     """Have the program run and run the tests; write a 0 or 1 for each to descriptor 5. Never returns."""
     try:
         allowed = {what: ours(what, function) for what, function in OPERATIONS.items()}
-        link = Link(0, allowed | CALLS | {"input": lambda *prompt: input(*prompt)}, judges=True)
+        asked = {"input": lambda *prompt: input(*prompt), "read": lambda *size: sys.stdin.read(*size),
+                 "readline": lambda *size: sys.stdin.readline(*size)}
+        link = Link(0, allowed | CALLS | asked, judges=True)
+        import_of(tests)
         link.ask("run", "")  # returns: the program's process is confined
         os.write(5, b".")
         names, marks = link.ask("run", *program), b""
@@ -1063,6 +1084,15 @@ def judge(program: list[str], tests: list[str]):
         os.write(5, marks + b".")
     finally:
         os._exit(0)
+
+
+def import_of(tests: list[str]):
+    """Import what the tests will: an exception of a module that is not there yet when the program raises it
+    would be no exception of that module for any test."""
+    for module in set(re.findall(r"^\s*(?:from|import)\s+([\w.]+)", "\n".join(tests), re.MULTILINE)):
+        if module.partition(".")[0] in sys.stdlib_module_names:
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
 
 
 def prepare(link: Link, test: str):

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -627,6 +628,7 @@ REFUSED = {  # how it is written, and what the line must name
     "no such dtype": ("modernbert", {"torch_dtype": [2]}, ""),
     "eps NaN": ("dream", {"rms_norm_eps": float("nan")}, "NaN"),
     "type is a list": ("a2d-llama", {"model_type": ["llama"]}, ""),
+    "RoPE of infinity": ("dream", {"rope_theta": float("inf")}, "Infinity"),
     "shift is a number": ("a2d-llama", {"logits_shift": 2}, "logits_shift"),
     "mask is text": ("dream", {"mask_token_id": "5"}, "'5'"),
     "mask is true": ("dream", {"mask_token_id": True}, "True"),
@@ -675,6 +677,20 @@ def test_a_network_far_larger_than_its_files_is_refused_at_once(layout, names, v
     assert time.process_time() - begun < 3
 
 
+@pytest.mark.parametrize("layout", ["a2d-llama", "dream", "modernbert"])
+def test_labels_of_a_classifier_are_not_ours(layout, tmp_path):
+    """Of their number transformers would make a list, for hours and in all memory."""
+    write(layout, tmp_path, num_labels=10**12)
+    load_model(str(tmp_path))
+
+
+def test_a_pipe_in_the_place_of_weights_is_refused(tmp_path, capfd):
+    write("a2d-llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "no file" in refused(capfd, tmp_path)
+
+
 def test_as_many_layers_as_any_model_has(tmp_path, capfd):
     """A thousand are counted: it is the weights that lack."""
     write("a2d-llama", tmp_path)
@@ -684,7 +700,8 @@ def test_as_many_layers_as_any_model_has(tmp_path, capfd):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin",
-                                  "adapters.safetensors", "pytorch_lora_weights.safetensors"])
+                                  "adapters.safetensors", "pytorch_lora_weights.safetensors",
+                                  "ADAPTER_CONFIG.JSON", "lora.pt"])
 @pytest.mark.parametrize("alone", [True, False])
 def test_refused_adapter(layout, file, alone, tmp_path, capfd):
     """Beside the weights of the whole model it would be left out without a word."""
@@ -911,6 +928,10 @@ TOKENIZER_FILES = {  # changes of tokenizer.json
     "one sign is lost": ({"normalizer": REMOVE | {"pattern": {"String": "*"}}}, "loses"),
     "words are lost": ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[0-9]+"},
                                           "behavior": "Removed", "invert": True}}, "loses"),
+    "capitals are lost": ({"normalizer": REMOVE | {"pattern": {"Regex": "[A-Z]"}}}, "loses"),
+    "braces are lost": ({"normalizer": REMOVE | {"pattern": {"Regex": "[{}]"}}}, "loses"),
+    "a backslash is lost": ({"normalizer": REMOVE | {"pattern": {"String": "\\"}}}, "loses"),
+    "other alphabets are lost": ({"normalizer": REMOVE | {"pattern": {"Regex": "[^\\x00-\\x7f]"}}}, "loses"),
     "letters are changed": ({"normalizer": REMOVE | {"pattern": {"String": "3"}, "content": "8"}}, "loses"),
 }
 
@@ -930,6 +951,19 @@ def test_refused_tokenizer_file(what, chat, tmp_path, capfd):
         kept[key] = kept[key] | value if key == "model" else value
     file.write_text(json.dumps(kept))
     assert needle in refused(capfd, tmp_path)
+
+
+def test_a_panic_of_the_tokenizer_ends_in_one_line(tmp_path, capfd):
+    """It is no Exception. Rust itself says where it was, before."""
+    write("a2d-llama", tmp_path)
+    file = tmp_path / "tokenizer.json"
+    junk = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | junk))
+    with pytest.raises(SystemExit) as stop:
+        load_model(str(tmp_path))
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"error: {tmp_path} cannot be loaded: PanicException")
 
 
 def test_refused_template_file(tmp_path, capfd):

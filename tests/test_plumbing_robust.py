@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -192,6 +193,62 @@ def test_a_tiny_base_that_was_made_anew_is_refused(base, tmp_path, monkeypatch, 
     assert "--model" in refused(capfd, "--resume", tmp_path / "run", "--updates", 2)
 
 
+def test_weights_that_are_no_safetensors_have_a_fingerprint(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    before = folder.fingerprint(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weightz")
+    assert folder.fingerprint(str(tmp_path)) != before
+
+
+def test_a_pipe_is_no_file_of_rows(base, tmp_path, capfd):
+    os.mkfifo(tmp_path / "data.jsonl")
+    os.mkfifo(tmp_path / "task.py")
+    for flag, name in (("--data", "data.jsonl"), ("--test_data", "data.jsonl"), ("--task", "task.py")):
+        said = refused(capfd, "--model", base, flag, tmp_path / name, "--out", tmp_path / "run")
+        assert "is no file" in said
+
+
+OWN = """from tasks import Recipe, written
+def row(raw):
+    return {"prompt": written(raw, "puzzle") + "=", "answer": written(raw, "solution")}
+def reward(text, row):
+    BODY
+TINY = TASK = Recipe(row, reward)
+"""
+
+
+@pytest.mark.parametrize("body", [
+    "return len(text) % 2, {'correct': 1, 'parse_fail': 0}",
+    "return bool(text), dict(correct=True, parse_fail=False)",
+    "import numpy as np; return np.float64(1), {'correct': np.bool_(True), 'parse_fail': np.int64(0)}",
+    "return (1 if '1' in text else .5), {'correct': .5, 'parse_fail': 0}",
+    "row.clear(); return 0.0, {'correct': 0.0, 'parse_fail': 0.0}"])
+def test_rewards_of_any_numbers(body, base, tmp_path, monkeypatch):
+    """And a row is not the reward's to change: a resumed run would find it as it was."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN.replace("BODY", body))
+    Path("rows.jsonl").write_text(boards(64))
+    launch("--model", base, *SMALL, "--updates", 1, "--task", "mine.py", "--data", "rows.jsonl", "--out",
+           "run")
+    assert lines(tmp_path / "run")[-1]["update"] == 1 and Path("run/trace.html").exists()
+
+
+@pytest.mark.parametrize("body, said", [
+    ("return text[0] and 1 / 0 if text else (0., dict(correct=0., parse_fail=0.))", "ZeroDivision"),
+    ("return None if text else (0., dict(correct=0., parse_fail=0.))", "TypeError"),
+    ("return float('nan' if text else 0), dict(correct=0., parse_fail=0.)", "nan"),
+    ("return 0., dict(correct=0., parse_fail=0., **({'x': 1} if text else {}))", "parts"),
+    ("exit(0) if text else None; return 0., dict(correct=0., parse_fail=0.)", "SystemExit")])
+def test_a_reward_of_ones_own_that_falls_midway_is_one_line(body, said, base, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN.replace("BODY", body))
+    Path("rows.jsonl").write_text(boards(64))
+    line = refused(capfd, "--model", base, *SMALL, "--updates", 1, "--task", "mine.py", "--data",
+                   "rows.jsonl", "--out", "run", status=1)
+    assert re.search(f"mine.py.*: a reward is .*{said}", line)
+    assert ("mine.py, line 5: " in line) == (said in ("ZeroDivision", "SystemExit"))
+
+
 def test_a_fingerprint_is_of_contents(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -359,7 +416,48 @@ def joined(file: Path):
     file.write_bytes(file.read_bytes().replace(b"\n", b" "))
 
 
+def a_pipe(file: Path):
+    """To read it waits for a writer."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+def moments(change):
+    def damage(file: Path):
+        state = torch.load(file, weights_only=True)
+        change(state["optimizer"]["state"])
+        torch.save(state, file)
+
+    return damage
+
+
+def counted(name: str, value):
+    def damage(file: Path):
+        state = torch.load(file, weights_only=True)
+        torch.save(state | {"counters": state["counters"] | {name: value}}, file)
+
+    return damage
+
+
+def not_finite(file: Path):
+    state = torch.load(file, weights_only=True)
+    next(iter(state["network"].values())).fill_(math.nan)
+    torch.save(state, file)
+
+
 DAMAGE = {
+    "state.pt, a pipe": ("state.pt", a_pipe),
+    "state.pt, weights NaN": ("state.pt", not_finite),
+    "state.pt, seconds inf": ("state.pt", counted("seconds", math.inf)),
+    "state.pt, bytes a fraction": ("state.pt", changed(metrics_bytes=100.0)),
+    "metrics.jsonl, a pipe": ("metrics.jsonl", a_pipe),
+    "metrics.jsonl, half an evaluation": ("metrics.jsonl", bad_line(b'{"update": 0, "eval_accuracy": 0.5}')),
+    "metrics.jsonl, an evaluation of nothing": (
+        "metrics.jsonl", bad_line(b'{"update": 0, "eval_accuracy": null}')),
+    "metrics.jsonl, a number no float can be": (
+        "metrics.jsonl", bad_line(b'{"update": 1, "reward": 1' + b"0" * 330 + b"}", 1)),
+    "args.json, fingerprints of what is none": ("args.json", setting("fingerprints", {"nothing": "a"})),
+    "args.json, a fingerprint that is a number": ("args.json", setting("fingerprints", {"model": 5})),
     "state.pt, gone": ("state.pt", Path.unlink),
     "state.pt, a folder": ("state.pt", a_folder),
     "state.pt, cut": ("state.pt", cut),
@@ -416,6 +514,18 @@ def test_a_damaged_folder_is_refused_in_one_line_and_left_alone(name, done, tmp_
     before = held(out)
     refused(capfd, "--resume", out, "--updates", 3)
     assert held(out) == before
+
+
+def test_moments_that_lack_and_a_log_that_was_forgotten(done, tmp_path, capfd):
+    """A run would go on, with other numbers or with no log of what was. (An evaluation needs neither.)"""
+    for number, damage in enumerate([moments(lambda held: held[0].update(exp_avg=torch.zeros(3))),
+                                     moments(dict.clear), changed(metrics_bytes=0)]):
+        out = tmp_path / str(number)
+        shutil.copytree(done, out)
+        damage(out / "state.pt")
+        before = held(out)
+        refused(capfd, "--resume", out, "--updates", 3)
+        assert held(out) == before
 
 
 @pytest.mark.parametrize("name", [name for name in DAMAGE if name.startswith("state.pt")])

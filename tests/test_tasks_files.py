@@ -168,6 +168,12 @@ def test_the_task_of_the_readme(tmp_path):
         load(str(tmp_path / "words.py"), chat=False, data=data)
 
 
+HALF = """from tasks import Recipe
+def reward(text, row):
+    return 0.0, {'correct': 0.0, 'parse_fail': 0.0}
+TASK = Recipe(lambda raw: {'prompt': '?'}, reward, """
+
+
 @pytest.mark.parametrize("source, said", [
     (None, "cannot load .*mine.py: FileNotFoundError"), ("TASK = (", "cannot load .*mine.py: SyntaxError"),
     ("1 / 0", "cannot load .*mine.py: ZeroDivisionError"), ("import sys; sys.exit(3)", "mine.py: SystemExit"),
@@ -177,11 +183,23 @@ def test_the_task_of_the_readme(tmp_path):
     ("from tasks import Recipe\nTASK = Recipe(lambda raw: {'prompt': '?'}, lambda text, row: (1.0, {}))",
      "mine.py: a reward is .*'correct'"),
     ("from tasks import Recipe\nTASK = Recipe(lambda raw: {}, lambda text, row: 1.0)", "row 1: .*'prompt'"),
+    *((HALF + option, said) for option, said in (
+        ("draw=lambda text, row: 1 / 0)", "mine.py, line 4: a drawing is .*ZeroDivisionError"),
+        ("draw=lambda text, row: 'text')", "a drawing is a list of lines"),
+        ("draw=lambda text, row: [5])", "a drawing is a list of lines"),
+        ("key=lambda row: [1])", "unhashable"), ("right=lambda row: row['a'])", "mine.py, line 4: KeyError"),
+        ("flawed=lambda rows: None)", "mine.py: TypeError"), ("flawed=lambda rows: [True])", "mine.py: "),
+        ("flawed=lambda rows: exit())", "mine.py, line 4: SystemExit"),
+        ("sources={'test': 5})", "mine.py: TypeError"),
+        ("sources={'test': lambda: 1 / 0})", "line 4: Zero"))),
+    (HALF.replace("0.0, {", "float('inf'), {") + ")", "mine.py: a reward is .*finite"),
+    (HALF.replace("'correct': 0.0", "'correct': 2") + ")", "mine.py: a reward is .*from 0 to 1"),
+    (HALF.replace("{'prompt'", "exit() or {'prompt'") + ")", "row 1: .*"),
 ])
 def test_a_task_of_ones_own_that_cannot_be_used(tmp_path, source, said):
     if source is not None:
         (tmp_path / "mine.py").write_text(source)
-    data = write(tmp_path / "rows.json", [{"a": 1}])
+    data = "" if source and "sources" in source else write(tmp_path / "rows.json", [{"a": 1}])
     with pytest.raises(ValueError, match=said) as refusal:
         load(str(tmp_path / "mine.py"), chat=True, test_data=data, train=False)
     assert "\n" not in str(refusal.value)

@@ -1069,3 +1069,19 @@ def test_privileges_are_gone(layers):
     tests = ["assert int(status['CapEff'], 16) == int(status['CapPrm'], 16) == 0", "assert 0 not in users",
              "assert int(status['NoNewPrivs']) == 1 and int(status['Seccomp']) == 2 and score == '1000\\n'"]
     assert run_tests(program, tests) == [True] * len(tests)
+
+
+def test_a_test_of_stdin_an_exception_of_a_module_and_the_name_of_a_builtin():
+    """Right programs that failed: one reads what the test put in the place of stdin; one raises an exception
+    of a module that a later test imports; one wraps a function of the test, which may be a builtin one."""
+    reads = "import sys\ndef f():\n    return sys.stdin.readline().strip(), sys.stdin.read().split()\n"
+    fed = "import io, sys\nsys.stdin = io.StringIO('a\\nb c')\nassert f() == ('a', ['b', 'c'])"
+    lines = "import io, sys\nsys.stdin = io.StringIO('1\\n2\\n')\nassert [int(x) for x in g()] == [1, 2]"
+    assert run_tests(reads + "def g():\n    return list(sys.stdin)", [fed, lines, "assert f() == ('', [])"]
+                     ) == [True] * 3
+    frozen = "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass P:\n    x: int\n"
+    caught = "try:\n    P(1).x = 2\n    assert False\nexcept {}:\n    pass"
+    named = "from dataclasses import FrozenInstanceError\n" + caught.format("FrozenInstanceError")
+    assert run_tests(frozen, [caught.format("AttributeError"), named]) == [True, True]
+    wraps = "import functools\ndef memo(f):\n    return functools.wraps(f)(lambda *args: f(*args))"
+    assert run_tests(wraps, ["assert memo(len).__name__ == 'len' and memo(len)([1]) == 1"]) == [True]
