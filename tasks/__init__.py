@@ -20,6 +20,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from math import isfinite  # not math, which is a task of this folder
 from pathlib import Path
 from types import ModuleType
@@ -237,7 +238,7 @@ def column(raw: dict, *names: str):
 def written(raw: dict, *names: str) -> str:
     """The text or number in a column, as text. ValueError for a list, an object or true and false."""
     value = column(raw, *names)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)) or str(value) == "inf":
         raise ValueError(f"{' or '.join(names)} holds a {type(value).__name__}, not text: {value}")
     return str(value)
 
@@ -291,7 +292,7 @@ def check_is_file(name: str | Path):
 def read_csv(text: str) -> list[dict]:
     """Rows of a .csv file. ValueError if one has more cells than there are columns: a comma without quotes,
     which moves a piece of a question into the answer."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # quotes must be closed
     columns = reader.fieldnames or []
     if len(set(columns)) < len(columns):
         raise ValueError(f"two columns have the same name: {', '.join(columns)}")

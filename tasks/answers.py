@@ -32,7 +32,7 @@ def boxed(text: str) -> str | None:
     return None
 
 
-LANGUAGE = re.compile(r"(?:python|py)[0-9.]{0,6}(?![a-z])", re.IGNORECASE)
+LANGUAGE = re.compile(r"(?:lang(?:uage)?-)?i?(?:python|py)[0-9.]{0,6}(?![a-z])", re.IGNORECASE)
 
 
 def code_block(text: str) -> str:
@@ -44,15 +44,25 @@ def code_block(text: str) -> str:
         at, fence = min((line.find(mark) % (len(line) + 1), mark) for mark in ("```", "~~~"))
         info = line[at:].lstrip(fence[0]).strip() if at < len(line) else ""
         if LANGUAGE.match(info.lstrip("{.")) and fence not in info and line.endswith(("\n", "\r")):
-            return textwrap.dedent("".join(until(fence, lines[number + 1 :])))
+            opening = line[at : at + len(line[at:]) - len(line[at:].lstrip(fence[0]))]
+            return textwrap.dedent("".join(until(opening, lines[number + 1 :])))
     return ""
 
 
 def until(fence: str, lines: list[str]) -> list[str]:
-    """The lines before the one that begins with the fence; or, if none does, up to one that ends in it."""
-    for k, line in enumerate(lines):
-        if line.lstrip(" \t").startswith(fence):
+    """The lines before the one that begins with the fence, best outside of a text in triple quotes and as
+    long as the opening one; or, if none does, up to one that ends in it."""
+    begin = [k for k, line in enumerate(lines) if line.lstrip(" \t").startswith(fence[:3])]
+    quotes, checked = "", 0  # the triple quotes that are open
+    for k in begin:
+        for mark in re.findall("\"\"\"|'''", "".join(lines[checked:k])):
+            quotes = "" if mark == quotes else quotes or mark
+        checked = k
+        if not quotes and lines[k].lstrip(" \t").startswith(fence):
             return lines[:k]
+    if begin:
+        return lines[: begin[0]]
+    fence = fence[:3]
     for k, line in enumerate(lines):
         if line.rstrip().endswith(fence):
             return [*lines[:k], line.rstrip().removesuffix(fence)]

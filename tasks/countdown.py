@@ -9,6 +9,7 @@ import ast
 import functools
 import itertools
 import operator
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -30,7 +31,8 @@ def countdown_hub() -> list[dict]:
 
 
 def countdown_row(raw: dict) -> dict:
-    given = listed(column(raw, "numbers", "nums", "input"))
+    given = column(raw, "numbers", "nums", "input")
+    given = listed(NUMPY.sub("", given) if isinstance(given, str) else given)
     if len(given) == 1 and isinstance(given[0], str):  # "[3 7 2]", as numpy prints it
         given = given[0].strip("[]() ").replace(",", " ").split()
     numbers, target = [whole(n) for n in given], whole(column(raw, "target", "output"))
@@ -39,6 +41,9 @@ def countdown_row(raw: dict) -> dict:
     given = ", ".join(map(str, numbers))
     return {"prompt": f"{TAGS}\n\n{COUNTDOWN.format(target, given)}", "question": f"{given} -> {target}",
             "answer": str(target), "numbers": numbers}
+
+
+NUMPY = re.compile(r"(?:np\.\w{1,10}|array|tensor)(?=\()|, ?dtype=\w{1,10}|[()]")  # [np.int64(3)]
 
 
 def whole(value) -> int:
@@ -52,7 +57,7 @@ def countdown_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]
     return countdown_reward(expression(between_tags(text)), row)
 
 
-SIGNS = {"[": "(", "]": ")", "\\{": "(", "\\}": ")", "x": "*", "X": "*", "$": ""}
+SIGNS = {"[": "(", "]": ")", "\\{": "(", "\\}": ")", "x": "*", "X": "*", "$": "", "&": ""}
 
 
 def expression(text: str) -> str:
@@ -74,8 +79,12 @@ def expression(text: str) -> str:
             out.append(token if token in "xX" and before == "0" else SIGNS.get(token, token))  # 0x5
         before = token
     result, equals, rest = "".join(out).strip(". ").partition("=")
-    return rest.strip() if equals and result.strip().isdigit() and not rest.strip().isdigit() else (
-        f"{result}{equals}{rest}")  # 16 = (3 + 5) * 2
+    sides = [result.strip(), rest.strip()]
+    alone = [bool(RESULT.fullmatch(side)) for side in sides]
+    return sides[alone[0]] if equals and alone[0] != alone[1] else f"{result}{equals}{rest}"
+
+
+RESULT = re.compile(r"[+-]? ?[0-9]+(?:,[0-9]{3})*(?:\.0*)?")  # of 16 = (3 + 5) * 2, or (100 + 5) * 10 = 1,050
 
 
 LARGEST, TARGETS = 20, range(1, 61)  # the tiny model's numbers are 1 to 20; each is one token

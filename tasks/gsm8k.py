@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from tasks import Recipe, hub, written
 from tasks.answers import BOXED, between_tags, boxed, draw_text
-from tasks.spelling import plain, quantity
+from tasks.spelling import in_text, opened, plain, quantity
 
 LENGTH = 200  # characters of an answer that is read
 
@@ -28,10 +28,11 @@ def read_number(text: str, counted: str = "") -> Fraction | None:
     counted: a word such as "dozens" that the question asks for, so that it is a unit."""
     tokens = plain(text) if len(text) <= LENGTH else []
     sides = [[]]
-    for token in tokens if len(tokens) <= LENGTH else []:
+    for token in opened(tokens) if len(tokens) <= LENGTH else []:
         last = "".join(sides[-1][-1:])
         colon = token == ":" and (last[-1:].isalpha() or len(sides) > 1 and not last)  # Total: 18; is: 18
-        if colon or token == "is" or token == "=" and last not in ("!", "<", ">"):
+        label = in_text(token).rstrip().endswith((":", " is"))  # \text{Total: }
+        if colon or label or token == "is" or token == "=" and last not in ("!", "<", ">"):
             sides.append([])
         else:
             sides[-1].append(token)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from tasks import Recipe, hub, written
 from tasks.answers import BOXED, boxed, draw_text
-from tasks.spelling import CODES, NO_UNIT, POWERS, decimal, in_text, plain, prefix, quantity, trimmed
+from tasks.spelling import (CODES, NO_UNIT, POWERS, UNIT_POWERS, decimal, in_text, opened, plain, prefix,
+                            quantity, trimmed)
 
 LENGTH = 500  # characters of an answer that is read
 EQUAL, UNEQUAL, UNREADABLE = 10, 11, 12  # what a judge ends with
@@ -77,6 +78,9 @@ class Reading(NamedTuple):
 
 FUNCTIONS = set("""sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp lim max min
     sup inf gcd lcm mod det dim deg arg ker sqrt frac pi infinity infty""".split())
+NAMED = set("sin cos tan cot csc sinh cosh tanh arcsin arccos arctan log ln exp".split())
+JOINERS = {"or": "or", "and": "and", "\\lor": "or", "\\land": "and", "union": "\\cup",
+           "infinity": "\\infty", "pi": "\\pi"}
 UNITS = CODES | set("""mm cm dm km nm ft in yd mi kg mg lb lbs oz ml mL cl hr hrs min sec ms mph kph sq cu
     cc pt qt rad deg rpm psi Hz kHz MHz kW kWh kJ kN Pa kPa eV mol gal mils pts""".split())
 RELATIONS = {"<", ">", "\\le", "\\ge", "\\ne", "\\in"}
@@ -90,7 +94,8 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
     What is bare behind an answer is a unit ("15 cm^2", "15 people") unless it is a product of the gold
     answer's symbols; behind the gold answer only known units are, and what stands in \\text."""
     strange = sum(not c.isascii() for c in text)  # each may be a dozen tokens: ½
-    tokens = trimmed(joiners(plain(text))) if strange <= 100 else []
+    tokens = plain(text) if strange <= 100 else []
+    tokens = trimmed(joiners(without_label(opened(tokens) if symbols is not None else tokens)))
     if not tokens or len(tokens) > LENGTH:
         return Reading("", None, "", "other", (), "", frozenset())
     written = [token for token in tokens if token not in (" ", "$")]
@@ -99,11 +104,14 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
         words = "".join(in_text(token) or token for token in tokens)
         return Reading("", None, squeezed(words), "words", (), "", frozenset())
     tokens = without_unit([" " if token == "$" else token for token in tokens], symbols)
+    tokens = of_set(tokens)
     number = None if "%" in tokens else quantity(tokens, letters=False) if not bare_words(tokens) else None
     if len(bare_words(tokens)) > 1 and any(token.isdigit() for token in tokens):  # "The answer is 18"
         return Reading("", None, "", "other", (), "", frozenset())
     tokens = numbers_exact(tokens)
     letters = frozenset(c for token in tokens if token.isalpha() and token not in FUNCTIONS for c in token)
+    if {"<", ">", "\\le", "\\ge", "\\ne"} & set(tokens):  # x < 2 \cup x > 3
+        tokens = ["or" if token == "\\cup" else token for token in tokens]
     joint, parts = divided(tokens)
     if parts and all(kind_of(part) in ("pair", "interval", "union",
                                        "set") for part in parts) and joint == "or":
@@ -124,12 +132,25 @@ def squeezed(words: str) -> str:
 
 
 def joiners(tokens: list[str]) -> list[str]:
-    r"""\text{ or } as or, \text{i} as i; U between intervals and "union" as \cup."""
+    r"""\text{ or } and \lor as or, without a comma before it; \text{i} as i, ln( and \text{ln} as \ln; U
+    between intervals and "union" as \cup; \{\} as \emptyset."""
     out = []
     for k, token in enumerate(tokens):
         word = in_text(token).strip() or token
-        if word.lower() in ("or", "and", "union") or token != word and word in ("i", "e"):
-            out.append({"union": "\\cup"}.get(word.lower(), word.lower() if len(word) > 1 else word))
+        if word.lower() in JOINERS:
+            out.append(JOINERS[word.lower()])
+            while out[-1] in ("or", "and") and out[-2:-1] in ([" "], [","]):
+                del out[-2]
+        elif token == "*" and out[-1:] == ["*"]:  # x**2
+            out[-1] = "^"
+        elif token != word and word in ("i", "e"):
+            out.append(word)
+        elif word in NAMED and (token != word or tokens[k + 1 : k + 2] == ["("]):
+            out.append(f"\\{word}")
+        elif token == "\\}" and [*filter(" ".__ne__, out[-2:])][-1:] == ["\\{"]:
+            while out.pop() != "\\{":
+                pass
+            out.append("\\emptyset")
         elif prefix(tokens, k) and set(out[-9:]) <= {" ", "$", "+", "-"}:
             continue  # US$15
         elif token == "U" and [*filter(" ".__ne__, out[-2:])][-1:] in ([")"], ["]"], ["\\}"]):
@@ -139,6 +160,13 @@ def joiners(tokens: list[str]) -> list[str]:
         else:
             out.append(token)
     return out
+
+
+def without_label(tokens: list[str]) -> list[str]:
+    r"""What is behind a word and a colon: "Answer: 18", \text{Area: }18."""
+    k = next((k for k, token in enumerate(tokens) if not token.isalpha() and token not in (" ", "$")), 0)
+    words = tokens[k : k + 1] == [":"] and bare_words(tokens[:k])
+    return tokens[k + 1 :] if words or tokens and in_text(tokens[k]).rstrip().endswith(":") else tokens
 
 
 def bare_words(tokens: list[str]) -> list[str]:
@@ -171,14 +199,16 @@ def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]
 
     while end:
         token = tokens[end - 1]
-        raised = 2 if tokens[end - 2 : end] in (["^", "2"], ["^", "3"]) else 4 if tokens[end - 4 : end] in (
-            ["^", "{", "2", "}"], ["^", "{", "3", "}"]) else 0
+        raised = next((size for size in (2, 3, 4, 5) if end > size and tokens[end - size] == "^"
+                       and "".join(tokens[end - size + 1 : end]) in UNIT_POWERS), 0)
         if token in (" ", ".", ",", ";"):
             end -= 1
         elif tokens[end - 2 : end] == ["^", "\\circ"]:
             end -= 2
-        elif token == "/" and units:
+        elif token in ("/", "*") and units:
             end -= 1
+        elif token == "}" and (start := unit_fraction(tokens, end)):
+            end, units = start, units + 1
         elif is_unit(end - 1):
             for each in re.findall("[a-z]+", (in_text(token) or token).lower()):
                 scale = POWERS.get(each, POWERS.get(each.removesuffix("s"), 1))
@@ -195,6 +225,29 @@ def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]
     if not written or written[-1] in ("+", "-", "*", "/", "^", "_", "=", "(", "[", "{", "<", ">", *RELATIONS):
         return tokens
     return core if power == 1 else [*core, "*", str(power)]
+
+
+def unit_fraction(tokens: list[str], end: int) -> int:
+    r"""Where a \frac{\text{m}}{\text{s}^2} begins that ends at `end`; 0 if there is none."""
+    start = end
+    while start > end - 20 and start > 0 and (tokens[start - 1] in "{}^23" or in_text(tokens[start - 1])):
+        start -= 1
+    units = sum(map(bool, map(in_text, tokens[start:end])))
+    return start - 1 if start and tokens[start - 1] == "\\frac" and units == 2 else 0
+
+
+def of_set(tokens: list[str]) -> list[str]:
+    r"""What is said of x in \{x \mid 0 < x < 1\}; and the set in x \in \{1, 2\}."""
+    written = [token for token in tokens if token != " "]
+    name = written[0] if written and len(written[0]) == 1 and written[0].isalpha() else ""
+    if name and written[1:3] == ["\\in", "\\{"]:
+        return written[2:]
+    if written[:1] == ["\\{"] and written[-1:] == ["\\}"] and "\\{" not in written[1:]:
+        bar = next((k for k, token in enumerate(written[:12]) if token in ("|", "\\mid", "\\vert", ":")), 0)
+        who, said = "".join(written[1:bar]), written[bar + 1 : -1]
+        if len(who.removesuffix("\\in\\mathbb{R}")) == 1 and RELATIONS & set(said):
+            return said
+    return tokens
 
 
 def numbers_exact(tokens: list[str]) -> list[str]:
@@ -299,8 +352,8 @@ def compared(gold: str, answer: str) -> int:
         verdict = EQUAL if words == right.words else UNEQUAL if words or given.latex else UNREADABLE
     elif right.number is not None and given.number is not None:
         verdict = EQUAL if right.number == given.number else UNEQUAL
-    elif given.words and right.latex:
-        verdict = UNEQUAL
+    elif given.words and right.latex:  # B, which may be a choice or a point, and \text{(B)}
+        verdict = EQUAL if given.words == squeezed(answer_words(gold)) else UNEQUAL
     elif not given.latex or not right.latex:
         verdict = UNREADABLE
     elif any(right.kind in one and given.kind in other for one, other in (APART, APART[::-1])):

@@ -16,17 +16,22 @@ TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[a-zA-Z]+|[0-9]+|\s+|.", re.DOTALL)
 
 # Commands and signs that mean the same, or nothing.
 SAME = {"cdot": "*", "times": "*", "ast": "*", "div": "/", "dfrac": "\\frac", "tfrac": "\\frac",
-        "cfrac": "\\frac", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "(",
+        "cfrac": "\\frac", "nicefrac": "\\frac", "sfrac": "\\frac", "dbinom": "\\binom",
+        "tbinom": "\\binom",
+        "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "(",
         "rangle": ")", "imath": "i", "dollar": "$", "textdollar": "$", "pounds": "$", "euro": "$",
         "textdegree": "\\degree", "leq": "\\le", "leqslant": "\\le", "geq": "\\ge", "geqslant": "\\ge",
-        "neq": "\\ne", "bar": "\\overline", "varnothing": "\\emptyset", "lt": "<", "gt": ">"}
+        "neq": "\\ne", "bar": "\\overline", "varnothing": "\\emptyset", "lt": "<", "gt": ">",
+        "bigcup": "\\cup", "vee": "\\lor", "wedge": "\\land", "texttimes": "*", "textdiv": "/",
+        "newline": "\\\\"}
 LOOK = {"displaystyle", "textstyle", "scriptstyle", "left", "right", "mleft", "mright", "middle", "limits",
-        "tiny", "small", "normalsize", "large", "Large", "LARGE", "huge", "Huge", "bf", "rm", "it", "sf",
-        "tt", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "Biggl",
+        "tiny", "scriptsize", "footnotesize", "small", "normalsize", "large", "Large", "LARGE", "huge",
+        "Huge", "bf", "rm", "it", "sf", "tt", "big", "Big", "bigg", "Bigg", "bigl", "bigr",
+        "Bigl", "Bigr", "biggl", "biggr", "Biggl",
         "Biggr", "boldmath", "bfseries", "itshape"}
 SPACE = {"quad", "qquad", "thinspace", "medspace", "thickspace", "enspace", "space", "nobreakspace"}
 TEXT = {"text", "textbf", "textit", "textrm", "textsf", "texttt", "textnormal", "textsc", "mbox", "hbox",
-        "emph", "mathrm", "mathsf", "mathtt"}
+        "emph", "mathrm", "mathsf", "mathtt", "operatorname"}
 FONT = {"mathbf", "mathit", "mathnormal", "boldsymbol", "bm", "pmb", "underline", "fbox", "boxed",
         "ensuremath"}
 # What becomes of the next groups in braces.
@@ -35,14 +40,17 @@ GROUPS = dict.fromkeys(TEXT, ["text"]) | dict.fromkeys(FONT, ["bare"]) | {
     "hspace": ["skip"], "vspace": ["skip"], "phantom": ["skip"], "hphantom": ["skip"],
     "vphantom": ["skip"], "tag": ["skip"], "label": ["skip"]}
 WRAPPERS = [("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"),
-            ("“", "”"), ("<b>", "</b>"), ("<i>", "</i>"), ("<strong>", "</strong>"), ("<em>", "</em>")]
+            ("“", "”"), ("<b>", "</b>"), ("<i>", "</i>"), ("<strong>", "</strong>"), ("<em>", "</em>"),
+            ("<u>", "</u>"), ("<mark>", "</mark>")]
 SIGNS = {"−": "-", "–": "-", "‒": "-", "—": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*",
-         "∗": "*", "⨯": "*", "÷": "/", "∕": "/", "⁄": "/", "π": "\\pi ", "∞": "\\infty ", "∪": "\\cup ",
-         "∩": "\\cap ", "∖": "\\setminus ", "√": "\\surd ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ",
+         "∗": "*", "⨯": "*", "✕": "*", "✖": "*", "÷": "/", "∕": "/", "⁄": "/", "π": "\\pi ",
+         "∞": "\\infty ", "∪": "\\cup ", "⋃": "\\cup ", "∩": "\\cap ", "∨": "\\lor ", "∧": "\\land ",
+         "∖": "\\setminus ", "√": "\\surd ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ",
          "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "±": "\\pm ", "∈": "\\in ", "ℝ": "\\mathbb{R}",
          "∅": "\\emptyset ", "°": "\\degree ", "º": "\\degree ", "…": "...", "⟨": "(", "⟩": ")",
          "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "\u200b": "", "\u2061": "",
-         "\u2062": "", "\ufeff": "", "′": "'"}
+         "\u2062": "", "\ufeff": "", "′": "'", "。": "."}
+RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+|[₀₁₂₃₄₅₆₇₈₉]+")  # no letters: ª, ₐ
 
 
 @functools.lru_cache(1024)
@@ -55,8 +63,8 @@ def spelled(character: str) -> str:
     if form == "<fraction>" and kind == "No" and not parts.endswith("2044"):
         above, below = "".join(chr(int(part, 16)) for part in parts.split()).split("⁄")
         return rf"\frac{{{above}}}{{{below}}}"
-    if form in ("<super>", "<sub>") and kind == "No":  # no letters: ª, ₐ
-        return f"{'^' if form == '<super>' else '_'}{{{unicodedata.digit(character)}}}"
+    if form == "<wide>" and not character.isalnum():  # （＋）, of a Chinese keyboard
+        return unicodedata.normalize("NFKC", character)
     return {"Sc": "$", "Zs": " "}.get(kind, character)  # a currency; a space
 
 
@@ -70,8 +78,16 @@ def plain(text: str) -> list[str]:
         for before, after in WRAPPERS:
             if len(text) > len(before + after) and text.startswith(before) and text.endswith(after):
                 text = text[len(before) : -len(after)].strip()
-    text = "".join(c if c.isascii() else spelled(c) for c in text)
+    if not text.isascii():
+        text = RAISED.sub(raised, text)
+        text = "".join(c if c.isascii() else spelled(c) for c in text)
     return arranged(joined(TOKEN.findall(text)))
+
+
+def raised(signs: re.Match) -> str:
+    """10⁻¹⁹ as 10^{-19}, 52₈ as 52_{8}."""
+    mark = "_" if signs[0][0] in "₀₁₂₃₄₅₆₇₈₉" else "^"
+    return f"{mark}{{{unicodedata.normalize('NFKC', signs[0])}}}"
 
 
 def joined(tokens: list[str]) -> list[str]:
@@ -103,7 +119,9 @@ def separator(tokens: list[str], i: int) -> int:
     kind. i itself if nothing of this is there: a comma alone or with a space makes a list."""
     if tokens[i : i + 3] == ["{", ",", "}"]:
         end = i + 3
-        return end + 1 if end < len(tokens) and tokens[end].isspace() else end
+        while end < len(tokens) and end < i + 6 and (tokens[end] in ("\\!", "\\,") or tokens[end].isspace()):
+            end += 1
+        return end
     end, narrow = i, False
     while end < len(tokens) and end < i + 4 and (tokens[end] in (",", "\\!") or tokens[end].isspace()):
         narrow |= tokens[end] == "\\!"
@@ -119,11 +137,13 @@ def arranged(tokens: list[str]) -> list[str]:
     """Commands that change nothing left out, arguments of \\frac and \\sqrt in braces."""
     out, stack = [], []  # stack: for each open brace what it is, where it begins, arguments due after it
     groups, due, i = [], 0, 0  # what the next groups are; arguments due of \frac or \sqrt
+    over = {}  # by depth: where {a \over b} is divided, and the command that it stands for
+    closes = closing(tokens)
     while i < len(tokens):
         token, i = tokens[i], i + 1
         name = token[1:] if token[0] == "\\" and token[1:].isalpha() else ""
         if token.isspace() or token in ("\\,", "\\;", "\\:", "\\ ", "~") or name in SPACE:
-            out += [" "] if out[-1:] != [" "] and not due else []
+            out += [" "] if out[-1:] not in ([" "], ["^"]) and not due else []
             continue
         if token == "\\!" or name in LOOK:
             i += tokens[i : i + 1] == ["."] and name in ("left", "right")  # \left.
@@ -135,17 +155,18 @@ def arranged(tokens: list[str]) -> list[str]:
             out += ["{"] if kind in ("keep", "argument") else []
             continue
         if token == "}":
+            at = over.pop(len(stack), None)
             kind, start, due = stack.pop() if stack else ("keep", len(out), 0)
+            if at:
+                fraction(out, start + (kind in ("keep", "argument")), *at)
             inside = out[start:]
             if kind == "skip":
                 del out[start:]
             elif kind == "bare" and (len(inside) > 1 or out[start - 1 : start] in (["^"], ["_"])):
                 out[start:] = ["{", *inside, "}"]
             elif kind == "text":
-                words = "".join(inside)
                 formula = any(token[0] == "\\" for token in inside)  # \\mathrm{\\pi}
-                out[start:] = [f"\\text{{{words}}}"] if any(map(str.isalpha,
-                                                                words)) and not formula else inside
+                out[start:] = inside if formula else worded("".join(inside))
             elif kind == "keep" and inside == ["{", "\\circ"]:
                 out[start:] = ["\\circ"]
             elif kind in ("keep", "argument"):
@@ -162,18 +183,27 @@ def arranged(tokens: list[str]) -> list[str]:
         if name in GROUPS:
             groups = list(GROUPS[name])
             continue
+        if name in ("over", "choose") and len(stack) not in over:
+            over[len(stack)] = len(out), {"over": "\\frac", "choose": "\\binom"}[name]
+            continue
+        if token == "\\\\" and tokens[i : i + 1] == ["["] and tokens[i + 2 : i + 4] == ["pt", "]"]:
+            i += 4  # \\[2pt]
         token = SAME.get(name, "$" if token in ("\\$", "\\(", "\\)", "\\[", "\\]") else token)
-        if token in ("\\%", "\\#", "\\&", "\\_"):
+        if token in ("\\%", "\\#", "\\&", "\\_", "\\*"):
             token = token[1]
         if token == "\\degree":
             out += ["^", "\\circ"] if out[-1:] != ["^"] else ["\\circ"]
-        elif token in ("\\frac", "\\sqrt"):
+        elif token in ("\\frac", "\\binom", "\\sqrt"):
             out.append(token)
             if token == "\\sqrt" and tokens[i : i + 1] == ["["]:
                 end = next((k for k in range(i, min(i + 8, len(tokens))) if tokens[k] == "]"), i)
                 out += tokens[i : end + 1]
                 i = end + 1
-            due = 2 if token == "\\frac" else 1
+            due = 1 if token == "\\sqrt" else 2
+        elif token in ("sqrt", "\\surd") and closes.get(i + (tokens[i : i + 1] == [" "])):  # sqrt(2)
+            i += tokens[i] == " "
+            out.append("\\sqrt")
+            tokens[i], tokens[closes[i]], due = "{", "}", 1
         elif token == "\\surd":  # the sign: its argument is the whole number
             while i < len(tokens) and tokens[i].isspace():
                 i += 1
@@ -188,8 +218,34 @@ def arranged(tokens: list[str]) -> list[str]:
             i -= bool(tokens[i - 1])
             due -= 1
         else:
+            if token == "^" and out[-1:] == [" "] and len(out) > (stack[-1][1] if stack else 0):
+                out.pop()
             out.append(token)
+    if 0 in over:
+        fraction(out, 0, *over[0])
     return out
+
+
+def closing(tokens: list[str]) -> dict[int, int]:
+    """Where each ( that is closed is closed."""
+    found, stack = {}, []
+    for i, token in enumerate(tokens):
+        if token == "(":
+            stack.append(i)
+        elif token == ")" and stack:
+            found[stack.pop()] = i
+    return found
+
+
+def fraction(out: list[str], start: int, at: int, command: str):
+    r"""Make \frac{1}{2} of {1 \over 2}, \binom{5}{2} of {5 \choose 2}: from `start` on, divided at `at`."""
+    out[start:] = [command, "{", *out[start:at], "}", "{", *out[at:], "}"]
+
+
+def worded(words: str) -> list[str]:
+    r"""The tokens of \text{...}: words are one token. No words: what has no letter, and the power of cm^2."""
+    return [token for part in re.split(r"(\^(?:\{-?[0-9]\}|-?[0-9]))", words) for token in (
+        [f"\\text{{{part}}}"] if any(map(str.isalpha, part)) else TOKEN.findall(part))]
 
 
 def trimmed(tokens: list[str]) -> list[str]:
@@ -198,7 +254,7 @@ def trimmed(tokens: list[str]) -> list[str]:
     while True:
         while start < end and tokens[start] in (" ", "$"):
             start += 1
-        while end > start and tokens[end - 1] in (" ", "$", ".", ",", ";"):
+        while end > start and tokens[end - 1] in (" ", "$", ".", ",", ";", "\\\\"):
             end -= 1
         if end - start < 2 or tokens[start] != "{" or tokens[end - 1] != "}" or start > 4:
             return tokens[start:end]
@@ -216,17 +272,18 @@ def trimmed(tokens: list[str]) -> list[str]:
 
 POWERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
           "quadrillion": 10**15, "lakh": 10**5, "crore": 10**7, "mn": 10**6, "bn": 10**9, "dozen": 12,
-          "halves": Fraction(1, 2), "quarter": Fraction(1, 4)}
+          "ten": 10, "halves": Fraction(1, 2), "quarter": Fraction(1, 4)}
 POWERS |= {word: Fraction(1, n) for n, word in enumerate(
     ("third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"), 3)}
 LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}  # not m: metres
 # Words that make another number of what stands before them, or a second one: never a unit.
 NO_UNIT = set("""and or nor not plus minus times over divided by point to than squared cubed factorial half
-    union between except without mod modulo if unless score gross grand thou mil percentage
+    union between pi except without mod modulo if unless score gross grand thou mil percentage
     zero one two three four five six seven eight nine ten eleven twelve
     twenty thirty forty fifty sixty seventy eighty ninety""".split())
 ORDINAL = re.compile(r"(?:.{0,20}(?:dred|sand|llion|teen|tie)|twelf|eleven)ths?")
 CODES = set("USD EUR GBP JPY INR CAD AUD CNY RMB CHF HKD NZD SGD MXN BRL KRW Rs RS".split())
+UNIT_POWERS = {"2", "3", "{2}", "{3}", "-1", "-2", "-3", "{-1}", "{-2}", "{-3}"}
 COUNTRIES = {"US", "A", "C", "CA", "AU", "HK", "NZ", "S"}  # before a $ alone
 
 
@@ -263,23 +320,32 @@ def quantity(tokens: list[str], letters: bool = True, counted: str = "") -> Frac
         elif token == "^" and tokens[i : i + 1] == ["\\circ"]:
             i += 1
         elif token == "^" and words and i < size:
-            brace = tokens[i] == "{"
-            power = tokens[i + brace : i + brace + 1]
-            if power not in (["2"], ["3"]) or brace and tokens[i + 2 : i + 3] != ["}"]:
+            power = [end for end in range(i + 1, i + 5) if "".join(tokens[i:end]) in UNIT_POWERS]
+            if not power:
                 return None
-            i += 1 + 2 * brace
-        elif token == "." and tokens[i : i + 1] == ["."] or token not in (*".,'\"%/()$}", "\\circ"):
+            i = power[0]
+        elif token in ("\\frac", "*") and any(map(in_text, tokens[i : i + 1 + (token != "*")])):
+            pass  # \frac{\text{km}}{\text{h}}
+        elif token == "." and tokens[i : i + 1] == ["."] or token not in (*".,'\"%/()${}", "\\circ", "\\\\"):
             return None
         if value is None:
             return None
     return -value if sign == "-" else value
 
 
+def opened(tokens: list[str]) -> list[str]:
+    r"""The tokens with those of every \text{} that holds a digit: \text{18 apples}."""
+    mixed = [token.startswith("\\text{") and re.search("[0-9]", token) for token in tokens]
+    return [part for token, split in zip(tokens, mixed, strict=True)
+            for part in (TOKEN.findall(in_text(token)) if split else [token])]
+
+
 def prefix(tokens: list[str], i: int) -> bool:
     """Whether a currency's letters stand before an amount: US$18, USD 18, Rs. 18."""
     if tokens[i] in COUNTRIES:
         return tokens[i + 1 : i + 2] == ["$"]
-    return tokens[i] in CODES and any(token.isdigit() for token in tokens[i + 1 : i + 4])
+    code = in_text(tokens[i]).strip() or tokens[i]
+    return code in CODES and any(token.isdigit() for token in tokens[i + 1 : i + 4])
 
 
 def in_text(token: str) -> str:
@@ -366,6 +432,10 @@ def decimal(tokens: list[str], i: int, commas: bool = True) -> tuple[Fraction | 
             while tokens[k] != closing or tokens[k] == "\\overline":
                 k += 1
             k += 1
+            dotted = tokens[k : k + 1 + (k < len(tokens) and tokens[k].isdigit()) + 3]
+            if block[0] == "\\dot" and dotted[-4:-2] == ["\\dot", "{"] and dotted[-2].isdigit():
+                repeated += "".join(dotted[:-4]) + dotted[-2]  # 0.\dot{1}4285\dot{7}
+                k += len(dotted)
             if k < len(tokens) and tokens[k].isdigit():
                 return None, start
         else:

@@ -105,8 +105,7 @@ def sudoku_chat_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
     return sudoku_reward(board_in(between_tags(text)), row)
 
 
-GRID = {" ", "$", "|", "-", "+", ",", ";", ".", "&", "[", "]", "{", "}", "(", ")", "\\\\", "\\hline",
-        "\\mid", "\\vert"}
+LAYOUT = {"\\\\", "\\hline", "\\mid", "\\vert", "\\{", "\\}", "\\n"}  # and all signs, but for powers
 
 
 def board_in(text: str) -> str:
@@ -115,7 +114,8 @@ def board_in(text: str) -> str:
     text = " ".join(text.split())
     tokens = plain(text) if len(text) <= 400 else ["?"]
     layout = "\\begin" in text  # of \begin{array}{cc|cc}
-    kept = [token for token in tokens if token not in GRID and not token.startswith(("\\begin{", "\\end{"))
+    kept = [token for token in tokens if (token.isalnum() or token[0] in "\\^_?") and token not in LAYOUT
+            and not token.startswith(("\\begin{", "\\end{"))
             and not (layout and set(token) <= set("clr"))]
     return "".join(kept)
 

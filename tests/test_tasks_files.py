@@ -22,7 +22,8 @@ QUESTIONS = [{"question": f"What is {i}?", "answer": str(i)} for i in range(300)
 
 @pytest.mark.parametrize("line, said", [
     ("Tom has 3 pens, 5 pencils,8", "line 2 has more cells than the 2 columns"),
-    ("What?,1,450", "line 2 has more cells than the 2 columns"), ('"a, b",8,', "line 2 has more cells")])
+    ("What?,1,450", "line 2 has more cells than the 2 columns"), ('"a, b",8,', "line 2 has more cells"),
+    ('"What?,8\nOr?,9\n"What', "expected after"), ('"What?,8', "expected|unexpected")])
 def test_a_comma_without_quotes_is_refused(tmp_path, line, said):
     (tmp_path / "data.csv").write_text(f"question,answer\n{line}\nWhat is two?,2\nAnd three?,3\n")
     with pytest.raises(ValueError, match=said):
@@ -60,7 +61,7 @@ def test_other_files(tmp_path, suffix):
 
 @pytest.mark.parametrize("numbers, target", [
     ("[3 7 2]", 24.0), ("[ 3  7\n 2]", "24"), ([3.0, 7.0, 2.0], 24), ("[3. 7. 2.]", "24.0"), ("3 7 2", 24),
-    ("3.0, 7.0, 2.0", 24)])
+    ("3.0, 7.0, 2.0", 24), ("[np.int64(3), np.int64(7), np.int64(2)]", 24), ("array([3, 7, 2])", 24)])
 def test_countdown_as_pandas_writes_it(tmp_path, numbers, target):
     raws = [{"nums": numbers, "target": target}, {"nums": [1, 2], "target": 3}]
     task = load("countdown", chat=True, test_data=write(tmp_path / "data.json", raws), train=False)

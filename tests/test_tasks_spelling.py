@@ -43,6 +43,17 @@ NUMBERS = {
     "wrappers": [
         ("**18**", 18), ("\\textbf{18}", 18), ("\\color{red}{18}", 18), ("`18`", 18), ("\\text{-}18", -18),
         ("\\displaystyle 18", 18), ("\\left(18\\right)", 18), ("\"18\"", 18)],
+    "numbers in text": [
+        ("\\text{18 apples}", 18), ("\\textbf{18 apples}", 18), ("\\text{Total: }18", 18),
+        ("\\text{USD }18", 18), ("\\text{18 or 19}", None), ("\\text{not 18}", None)],
+    "compound units": [
+        ("18\\,\\mathrm{cm^2}", 18), ("18\\text{ cm²}", 18), ("18\\frac{\\text{km}}{\\text{h}}", 18),
+        ("18\\text{ m}\\cdot\\text{s}^{-2}", 18), ("18\\text{ cm}^4", None), ("2pi", None)],
+    "other fractions": [
+        ("{1 \\over 2}", F(1, 2)), ("36 \\over 2", 18), ("\\nicefrac{1}{2}", F(1, 2)), ("18 tens", 180)],
+    "dots and wide signs": [
+        ("0.\\dot{3}\\dot{6}", F(4, 11)), ("0.\\dot{1}4285\\dot{7}", F(1, 7)), ("0.\\dot{3}6", None),
+        ("（18）", 18), ("－18", -18), ("18。", 18), ("1.8×10⁻¹", F(9, 50)), ("<u>18</u>", 18)],
     "special tokens": [
         ("1<|start_header_id|>8", None), ("18<|eot_id|>", 18), ("<|a|>18<|b|>", 18), ("1<|a|><|b|>8", None)],
     "not a unit": [
@@ -107,6 +118,17 @@ MATHEMATICS = {  # gold, what is equal to it, what is not
          "(0,9) or (9,36)|(9,36)∪(0,9)|(0,9)U(9,36)|(0,9)\\text{ union }(9,36)|0<x<9 or 9<x<36",
          "(0,36)|(0,9]\\cup(9,36)|(0,9)\\cap(9,36)"),
         ("(-\\infty,2)\\cup(3,\\infty)", "x<2\\text{ or }x>3", "x<2\\text{ or }x\\ge3|x<2\\text{ and }x>3")],
+    "sets in words": [
+        ("(3,4]", "\\{x\\mid3<x\\le4\\}|\\{x\\in\\mathbb{R}:3<x\\le4\\}", "\\{x\\mid3<x<4\\}"),
+        ("3,5,7", "3, 5, and 7|3,5,\\text{ and }7|x\\in\\{3,5,7\\}", "3, and 5"),
+        ("(-\\infty,2)\\cup(3,\\infty)", "x<2\\lor x>3|x<2∨x>3|x<2\\cup x>3|(-∞,2)⋃(3,∞)",
+         "x<2\\land x>3"),
+        ("\\emptyset", "\\{\\}|∅", "0")],
+    "letters and names": [
+        ("B", "\\text{B}|\\text{(B)}|\\textbf{B}", "\\text{C}"),
+        ("\\ln 2", "ln(2)|\\mathrm{ln}\\,2", "ln(3)"),
+        ("\\sqrt{13}", "sqrt(13)|√(13)", "√13+1"), ("2", "2.0", "2pi"),
+        ("10", "{5 \\choose 2}|\\binom52", "5")],
     "small differences": [
         ("6.63\\times10^{-34}", "6.63e-34|6.63\\cdot10^{-34}", "6.62\\times10^{-34}|0"),
         ("10^{20}", "1e20", "10^{20}+1"),
@@ -141,6 +163,7 @@ def test_special_tokens_of_an_answer_of_mathematics():
     "16 = (3+5)*2", "\\boxed{(3+5)*2}", "(3+5)⋅2", "\\left(3+5\\right)*2", "$(3+5)\\times2$", "(3 + 5) x 2",
     "[3+5]*2",
     "\\boxed{(3+5)*2 = 16}", "**(3+5)*2**", "\\text{(3+5)*2}", "16 = \\boxed{(3+5)*2}", "\\frac{(3+5)}{1}*2",
+    "（3＋5）×2", "(3+5)✕2", "(3+5) \\* 2", "(3+5)*2 &= 16", "(3+5)*2 = +16", "16.0 = (3+5)*2",
     "```text\n(3+5)*2\n```", "```Python3\n(3+5)*2\n```"])
 def test_expressions_in_other_spellings(text):
     row = {"numbers": [2, 3, 5] + [1] * ("frac" in text), "answer": "16"}
@@ -151,7 +174,8 @@ def test_expressions_in_other_spellings(text):
 
 @pytest.mark.parametrize("text", [
     "\\boxed{3142243142131324}", "3142|2431\n----+----\n4213|1324",
-    "[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]",
+    "[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]", '["3142", "2431", "4213", "1324"]',
+    "|3|1|4|2|\n|:-:|:-:|:-:|:-:|\n|2|4|3|1|\n|4|2|1|3|\n|1|3|2|4|", "┌──┐\n│3142│\n│2431│\n│4213│\n│1324│",
     "**3142 2431 4213 1324**",
     "\\begin{array}{cc|cc}3&1&4&2\\\\2&4&3&1\\\\\\hline4&2&1&3\\\\1&3&2&4\\end{array}"])
 def test_boards_in_other_spellings(text):
@@ -165,12 +189,21 @@ def test_boards_in_other_spellings(text):
     "```Python\na\n```", "```python3\na\n```", "``` python\na\n```", "```PY\na\n```", "~~~python\na\n~~~",
     "````python\na\n````", "```{python}\na\n```", "```python title=\"x.py\"\na\n```",
     "```python3.11\na\n```", "```python\r\na\r\n```",
+    "```ipython3\na\n```", "```language-python\na\n```",
     "```python\na```", "```python\na```\nIt works.", "```java\nb\n```\n```python\na\n```"])
 def test_fences_in_other_spellings(text):
     assert code_block(text).strip() == "a"
 
 
-FRAGMENTS = ["18", " ", "\\circ", "^", "!", "1", ",", "\\!", "{", "}", "{,}", "\\text{", "\\frac",
+@pytest.mark.parametrize("quotes", ['"""', "'''"])
+def test_a_fence_in_a_docstring_does_not_end_the_code(quotes):
+    code = f"def f():\n    {quotes}Says.\n\n    ```\n    f()\n    ```\n    {quotes}\n    return 1\n"
+    assert code_block(f"```python\n{code}```\nIt works.\n```python\nf()\n```") == code
+    assert code_block(f"````python\n{code}````") == code
+
+
+FRAGMENTS = ["\\over", "^{-1}", "\\dot{1}", "sqrt(", "\\mathrm{cm^2}", "\\mid", "\"\"\"", "（",
+             "18", " ", "\\circ", "^", "!", "1", ",", "\\!", "{", "}", "{,}", "\\text{", "\\frac",
              "\\frac{", "(", "[",
              "\\{", "\\left", "=", "is", ":", "$", "\\$", "US", "%", "e1", "*10^{", "x", "/", "\\overline{",
              ".", "-",
