@@ -1,7 +1,7 @@
 r"""Which spellings of the right answers earn their reward, and which wrong ones do.
 
-Every gold answer of MATH-500 and of GSM8K's test set is given as its own answer and in some 20 other
-spellings, each of which must stay equal, or unequal. Printed is how many were judged as they must be, and
+Every gold answer of MATH-500 and of GSM8K's test set is given as its own answer and in some 27 other
+spellings, each of which must stay equal, or unequal. It prints how many were judged as they must be, and
 what was not.
 
     python benchmarks/spellings.py                      minutes
@@ -102,8 +102,7 @@ def of_mathematics(gold: str) -> list[tuple[str, str, bool]]:
                   ("closed", f"[{inside}]", False)]
         if ", " not in inside:
             found += [("spaced", gold.replace(",", " , "), True)]
-    if re.fullmatch(r"[0-9, -]+",
-                    gold) and "," in gold and "\\" not in gold and not re.search(r",[0-9]{3}$", gold):
+    if re.fullmatch(r"[0-9, -]+", gold) and "," in gold and not re.search(r",[0-9]{3}$", gold):
         parts = [part.strip() for part in gold.split(",")]
         found += [("other order", ", ".join(parts[::-1]), True),
                   ("as a set", f"\\{{{', '.join(parts)}\\}}", True),
@@ -128,11 +127,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", default=str(ROOT), help="the checkout whose rewards are tried")
-    parser.add_argument("--data",
-                        default=str(ROOT.parent / "shared" / "data"), help="MATH500.json, gsm8k_test.json")
+    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"),
+                        help="MATH500.json, gsm8k_test.json")
     parser.add_argument("--every", type=int, default=1, help="only every n-th answer")
-    parser.add_argument("--show",
-                        type=int, default=10, help="how many of what was judged wrongly are printed")
+    parser.add_argument("--show", type=int, default=10,
+                        help="how many of what was judged wrongly are printed")
     args = parser.parse_args()
     sys.path.insert(0, args.tree)
     try:

@@ -1,5 +1,6 @@
-r"""What the answers of several tasks have in common: <answer> tags, \boxed{},
-code blocks. Their spelling is in spelling.py."""
+r"""What the answers of several tasks have in common: <answer> tags, \boxed{}, code blocks.
+
+Their spelling is in spelling.py."""
 
 import re
 import textwrap
@@ -37,14 +38,14 @@ LANGUAGE = re.compile(r"(?:lang(?:uage)?-)?i?(?:python|py)[0-9.]{0,6}(?![a-z])",
 
 def code_block(text: str) -> str:
     """The first block fenced as Python (```python, ```py, ``` Python3, ~~~python); one that the end of the
-    text cuts off counts. It ends at a line that begins with the fence; if there is none,
-    where a line ends in it."""
+    text cuts off counts. It ends at a line that begins with the fence; if there is none, where a line ends
+    in it."""
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
         at, fence = min((line.find(mark) % (len(line) + 1), mark) for mark in ("```", "~~~"))
         info = line[at:].lstrip(fence[0]).strip() if at < len(line) else ""
         if LANGUAGE.match(info.lstrip("{.")) and fence not in info and line.endswith(("\n", "\r")):
-            opening = line[at : at + len(line[at:]) - len(line[at:].lstrip(fence[0]))]
+            opening = line[at : len(line) - len(line[at:].lstrip(fence[0]))]
             return textwrap.dedent("".join(until(opening, lines[number + 1 :])))
     return ""
 

@@ -47,12 +47,17 @@ def code_flawed(rows: list[dict]) -> list[str]:
     if run_tests("x = 1", ["assert x == 1", "assert x == 2"]) != [True, False]:
         raise ValueError("the sandbox passes no right program here, or a wrong one")
     missing = not_importable(rows)
-    return [free and "its tests pass for a program that does nothing"
-            or not all(map(asserts, row["tests"])) and "a test of it asserts nothing"
-            or absent and f"its tests need what the sandbox does not have: {absent}"
-            or failed and "its own solution fails its tests" or ""
-            for row, free, absent, failed in zip(rows, code_free(rows), missing, own_failed(rows),
-                                                 strict=True)]
+    why = []
+    for row, free, absent, failed in zip(rows, code_free(rows), missing, own_failed(rows), strict=True):
+        if free:
+            why.append("its tests pass for a program that does nothing")
+        elif not all(map(asserts, row["tests"])):
+            why.append("a test of it asserts nothing")
+        elif absent:
+            why.append(f"its tests need what the sandbox does not have: {absent}")
+        else:
+            why.append("its own solution fails its tests" if failed else "")
+    return why
 
 
 def code_free(rows: list[dict]) -> list[bool]:

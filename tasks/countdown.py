@@ -47,7 +47,7 @@ NUMPY = re.compile(r"(?:np\.\w{1,10}|array|tensor)(?=\()|, ?dtype=\w{1,10}|[()]"
 
 
 def whole(value) -> int:
-    """An integer, be it written as 24, 24.0 or 24."""
+    """An integer, be it the number 24, 24.0 or the text "24"; ValueError for a fraction."""
     before, _, after = str(value).partition(".")
     return int(str(value) if after.strip("0") else before)  # int(3.7) would be 3
 

@@ -52,9 +52,9 @@ def unreadable(rows: list[dict]) -> list[str]:
 
 
 def math_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:
-    r"""1 if what is in the last \boxed{} equals the answer: as exact numbers, as words,
-    or by math-verify. What
-    has more than 500 characters or needs more than 2 CPU seconds or 1 GiB to judge counts as unreadable."""
+    r"""1 if what is in the last \boxed{} equals the answer: as exact numbers, as words, or by math-verify.
+    What has more than 500 characters or needs more than 2 CPU seconds or 1 GiB to judge counts as
+    unreadable."""
     answer = boxed(text)
     verdict = judged(row["answer"], answer) if answer and len(answer) <= LENGTH else UNREADABLE
     correct = float(verdict == EQUAL)
@@ -70,7 +70,7 @@ class Reading(NamedTuple):
     latex: str  # what math-verify is to read; "" if it cannot be read
     number: Fraction | None  # if it is a number
     words: str  # if it is words alone: "evelyn", "(c)"
-    kind: str  # list, set, pair, tuple, interval, relation, union, or other
+    kind: str  # list, set, pair, tuple, interval, relation, union, words, or other
     parts: tuple[str, ...]  # of relations joined by "or" or "and", which `joint` then is
     joint: str
     symbols: frozenset[str]  # letters that stand for something
@@ -113,8 +113,7 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
     if {"<", ">", "\\le", "\\ge", "\\ne"} & set(tokens):  # x < 2 \cup x > 3
         tokens = ["or" if token == "\\cup" else token for token in tokens]
     joint, parts = divided(tokens)
-    if parts and all(kind_of(part) in ("pair", "interval", "union",
-                                       "set") for part in parts) and joint == "or":
+    if joint == "or" and all(kind_of(part) in ("pair", "interval", "union", "set") for part in parts):
         tokens = [token for part in parts for token in ("\\cup ", *part)][1:]
         parts = []
     elif not parts or not all(kind_of(part) == "relation" for part in parts):
@@ -137,6 +136,7 @@ def joiners(tokens: list[str]) -> list[str]:
     out = []
     for k, token in enumerate(tokens):
         word = in_text(token).strip() or token
+        last = next((before for before in out[:-3:-1] if before != " "), "")
         if word.lower() in JOINERS:
             out.append(JOINERS[word.lower()])
             while out[-1] in ("or", "and") and out[-2:-1] in ([" "], [","]):
@@ -147,13 +147,13 @@ def joiners(tokens: list[str]) -> list[str]:
             out.append(word)
         elif word in NAMED and (token != word or tokens[k + 1 : k + 2] == ["("]):
             out.append(f"\\{word}")
-        elif token == "\\}" and [*filter(" ".__ne__, out[-2:])][-1:] == ["\\{"]:
+        elif token == "\\}" and last == "\\{":
             while out.pop() != "\\{":
                 pass
             out.append("\\emptyset")
         elif prefix(tokens, k) and set(out[-9:]) <= {" ", "$", "+", "-"}:
             continue  # US$15
-        elif token == "U" and [*filter(" ".__ne__, out[-2:])][-1:] in ([")"], ["]"], ["\\}"]):
+        elif token == "U" and last in (")", "]", "\\}"):
             out.append("\\cup")
         elif token == "\\backslash" or token == "\\" and tokens[k + 1 : k + 2] == ["\\{"]:
             out.append("\\setminus")
@@ -194,8 +194,8 @@ def without_unit(tokens: list[str], symbols: frozenset[str] | None) -> list[str]
         if len(word) == 1:  # behind a slash, or 15 m; never beside other symbols
             metres = word in "mhsgL" and not symbols and tokens[k - 1 : k] == [" "]
             return tokens[k - 1 : k] == ["/"] or metres
-        return len(word) > 2 and tokens[k - 1 : k] in ([" "],
-                                                       ["/"]) and bool(set("aeiouy") & set(word.lower()))
+        behind = tokens[k - 1 : k] in ([" "], ["/"])
+        return behind and len(word) > 2 and bool(set("aeiouy") & set(word.lower()))
 
     while end:
         token = tokens[end - 1]
@@ -290,9 +290,9 @@ def kind_of(tokens: list[str]) -> str:
     other."""
     depth, top, closes, commas = 0, set(), None, 0  # closes: where what opens first is closed
     for k, token in enumerate(tokens):
-        if token in ("{",) or token in OPEN:
+        if token == "{" or token in OPEN:
             depth += 1
-        elif token in ("}",) or token in CLOSE:
+        elif token == "}" or token in CLOSE:
             depth -= 1
             closes = k if depth == 0 and closes is None else closes
         elif depth == 0:
@@ -325,12 +325,12 @@ def latex(tokens: list[str]) -> str:
             out, ends = out + "{", [*ends, 2]
         out += " " if out and token[0].isalpha() and out[-1].isalpha() else ""
         out += token
-        if token == "{":
-            ends.append(0) if ends else None
+        if token == "{" and ends:
+            ends.append(0)
         elif token == "}" and ends:
             if ends[-1] == 0:
                 ends.pop()
-            if ends and ends[-1] > 0 and token == "}":
+            if ends and ends[-1] > 0:
                 ends[-1] -= 1
                 if ends[-1] == 0:
                     out += "}"
@@ -360,10 +360,13 @@ def compared(gold: str, answer: str) -> int:
         verdict = UNEQUAL
     elif {right.kind, given.kind} == {"tuple", "relation"}:
         verdict = UNEQUAL
-    elif {right.kind, given.kind} <= PAIRS and right.latex[::len(right.latex) - 1] != given.latex[
-            ::len(given.latex) - 1]:
-        verdict = UNEQUAL  # other brackets
+    elif {right.kind, given.kind} <= PAIRS and brackets(right.latex) != brackets(given.latex):
+        verdict = UNEQUAL
     return verdict
+
+
+def brackets(latex: str) -> tuple[str, str]:
+    return latex[0], latex[-1]
 
 
 def answer_words(answer: str) -> str:

@@ -738,7 +738,6 @@ class Mirror(type):
         link = type.__getattribute__(cls, "_link")
         return type.__subclasscheck__(cls, kind) or link.ask("issubclass", kind, cls)
 
-
     def __getitem__(cls, key):
         return mirrored(cls, "getitem", key)
 
@@ -1096,7 +1095,8 @@ def import_of(tests: list[str]):
 
 
 def prepare(link: Link, test: str):
-    """What a test may do to modules that judge and program do not share: seed, run a coroutine, print."""
+    """Before a test: the streams are those of the start again, whatever the last test put in their place. And
+    the state of `random` is noted, if this test uses it: a seed that it sets is then set for the program."""
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     if "random" in test and not link.random:
         import random

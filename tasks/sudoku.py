@@ -83,8 +83,8 @@ def sudoku_draw(text: str, row: dict) -> list[str]:
     board = "".join(text.split())
     if len(board) != 16 or not board.isprintable():
         return [f"{row['puzzle']} -> {text[:40]!r} (not 16 digits)"]
-    solution = board if sudoku_reward(text,
-                                      row)[1]["correct"] else row["solution"]  # a board may have several
+    solved = sudoku_reward(text, row)[1]["correct"]  # a board may have several solutions
+    solution = board if solved else row["solution"]
     lines = []
     for r in range(0, 16, 4):
         asked = " ".join(row["puzzle"][r : r + 4]).replace("0", "·")
