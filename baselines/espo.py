@@ -186,7 +186,7 @@ def train(args: Args, model: Denoiser, task: Task, run: Run):
 
 
 # Where a run starts from: the tiny models of 4x4 Sudoku and Countdown, and any model that reads words.
-SUDOKU = dict(temperature=1.2, updates=12, eval_every=3)
+SUDOKU = dict(updates=12, eval_every=3)
 COUNTDOWN = dict(L=8, S=4, block=4, prompts=16, minibatches=2, lr=2e-4, updates=36, eval_every=9)
 # Released (commit b5f2dac): G (MATH 16, code 10), eps (Countdown 0), beta (Countdown 3e-3, Sudoku and code
 # 1e-2), num_mc, mu, and lr, which is theirs of a LoRA (code: 1e-6, all weights, clip 0.8). Ours: 2 prompts;

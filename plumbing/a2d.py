@@ -50,9 +50,9 @@ from common import Denoiser, Task, chat_prompt  # noqa: E402
 from plumbing import parallel  # noqa: E402
 from plumbing.flags import check_shape  # noqa: E402
 from plumbing.folder import fingerprint, hold, load_checked, write_whole  # noqa: E402
-from plumbing.models import (KINDS, MASKS, NOT_OURS, STOCK, check_layers, check_prompts,  # noqa: E402
-                             check_stored, check_weights, is_bidirectional, locate, read_ids,
-                             refuse_adapter, release_memory, save_model, unused_ids)
+from plumbing.models import (KINDS, MASKS, NO_WINDOW, NOT_OURS, STOCK, check_prompts,  # noqa: E402
+                             check_stored, check_weights, is_bidirectional, locate, raw_config, read_ids,
+                             release_memory, save_model, stock_config, unused_ids)
 from plumbing.parallel import one_line, refuse  # noqa: E402
 from plumbing.pretrain import loss_of  # noqa: E402
 from plumbing.run import evaluate, longest_prompt  # noqa: E402
@@ -118,19 +118,16 @@ def load_causal(
             refuse(f"unknown model {name!r}: use a transformers folder, a hub id, or a .gguf file")
         where, options = locate(name, revision), {"revision": revision or "main"}
     try:
-        if not gguf:
-            refuse_adapter(name, where, revision)
-        raw, _ = PreTrainedConfig.get_config_dict(where, **options)
+        raw = PreTrainedConfig.get_config_dict(where, **options)[0] if gguf else raw_config(
+            name, where, revision)
         kind = raw.get("model_type")
         if kind in KINDS or raw.get("is_causal") is False:
             refuse(f"{name} is a masked diffusion model as it is: give it to --model of a method")
         if kind not in CAUSAL:
             refuse(f"{name} is a {kind!r} model; the kinds that can be converted are: {', '.join(CAUSAL)}")
         fields = {k: v for k, v in raw.items() if k not in NOT_OURS}
-        fields |= {"use_sliding_window": False, "layer_types": None} if kind != "llama" else {}
-        check_layers(name, fields)
-        config = STOCK[kind][1].from_dict(fields)
-        config.is_causal = config.use_cache = False
+        fields |= NO_WINDOW if kind != "llama" else {}
+        config = stock_config(name, kind, fields)
         if not gguf:
             check_stored(name, where, config)
         tokenizer = (AutoTokenizer if gguf else PreTrainedTokenizerFast).from_pretrained(where, **options)

@@ -85,6 +85,7 @@ LLADA_CONFIG = {
 # check_weights tells the fourth; of a classifier's labels a list would be made, as long as they say
 NOT_OURS = ("auto_map", "architectures", "model_type", "quantization_config", "num_labels", "id2label",
             "label2id")
+NO_WINDOW = {"use_sliding_window": False, "layer_types": None}  # of Qwen's attention
 LLADA_FIXED = {  # in every release; another value would change the network but not the parameters' names
     "alibi": False, "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False,
     "activation_type": "silu", "layer_norm_type": "rms", "rope": True,
@@ -180,6 +181,24 @@ def check_stored(name: str, where: str, config: PreTrainedConfig):
         refuse(f"{name} has {stored:.1e} numbers in its files, the network of its config.json {needed:.1e}")
 
 
+def raw_config(name: str, where: str, revision: str | None) -> dict:
+    """config.json of a folder or hub id, as it is. Refuses an adapter, a pipe, and NaN."""
+    refuse_adapter(name, where, revision)
+    if pipes := [str(file) for file in Path(where).glob("*") if file.is_fifo()]:  # nobody may fill it
+        refuse(f"{name} holds what is no file: {pipes[0]}")
+    raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
+    check_finite(name, raw)
+    return raw
+
+
+def stock_config(name: str, kind: str, fields: dict) -> PreTrainedConfig:
+    """The config of the stock class of that kind, bidirectional, from the fields of a config.json."""
+    check_layers(name, fields)
+    config = STOCK[kind][1].from_dict(fields)
+    config.is_causal = config.use_cache = False
+    return config
+
+
 def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedConfig]:
     """(model_type, config.json as it is, config for the stock class). Refuses what is no such model."""
     hub_id = name.count("/") == 1 and name[0] not in "./~"
@@ -188,11 +207,7 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
                "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1")
     where = locate(name, revision)
     try:
-        refuse_adapter(name, where, revision)
-        if pipes := [str(file) for file in Path(where).glob("*") if file.is_fifo()]:  # nobody may fill it
-            refuse(f"{name} holds what is no file: {pipes[0]}")
-        raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
-        check_finite(name, raw)
+        raw = raw_config(name, where, revision)
         kind = raw.get("model_type")
         if kind not in STOCK and kind not in KINDS:
             refuse(f"{name} is a {kind!r} model; the kinds that can be loaded are: "
@@ -209,11 +224,9 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
                 refuse(f"{name} is a LLaDA that is no Llama: {', '.join(f'{k} {raw[k]!r}' for k in beyond)}")
             fields = {ours: raw[theirs] for ours, theirs in LLADA_CONFIG.items()}
             fields["vocab_size"] = raw.get("embedding_size") or raw["vocab_size"]
-        check_layers(name, fields)
         if KINDS.get(kind) in ("qwen2", "qwen3"):  # the hub's code has no window, whatever config.json says
-            fields |= {"use_sliding_window": False, "layer_types": None}
-        config = STOCK[KINDS.get(kind, kind)][1].from_dict(fields)
-        config.is_causal = config.use_cache = False
+            fields |= NO_WINDOW
+        config = stock_config(name, KINDS.get(kind, kind), fields)
         config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
         assert type(config.logits_shift) is bool, f"logits_shift {config.logits_shift!r}"
         check_stored(name, where, config)
