@@ -33,12 +33,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import tables  # noqa: E402
 from plumbing.folder import hold  # noqa: E402
 from plumbing.parallel import one_line, refuse  # noqa: E402
-from plumbing.pretrain import TINY  # noqa: E402
+from plumbing.pretrain import BASES, TINY  # noqa: E402
 from plumbing.report import plot_methods  # noqa: E402
 from plumbing.run import git_commit  # noqa: E402
 
 RUNS = ROOT / "results" / "runs.jsonl"
-BASES = ROOT / "plumbing" / "bases"
 MAIN = {
     "EGSPO": "egspo.py --lam 0", "EGSPO-SA": "egspo.py", "RLDF": "rldf.py", "wd1": "wd1.py",
     "wd1++": "wd1.py --plusplus", "GDSD": "gdsd.py", "GDSD-TLC": "gdsd.py --match tlc",
