@@ -236,9 +236,11 @@ def column(raw: dict, *names: str):
 
 
 def written(raw: dict, *names: str) -> str:
-    """The text or number in a column, as text. ValueError for a list, an object or true and false."""
+    """The text or number in a column, as text. ValueError for a list, an object, true and false, and a number
+    too large for a float."""
     value = column(raw, *names)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)) or str(value) == "inf":
+    endless = isinstance(value, (float, Decimal)) and not isfinite(value)  # 1e999
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)) or endless:
         raise ValueError(f"{' or '.join(names)} holds a {type(value).__name__}, not text: {value}")
     return str(value)
 
