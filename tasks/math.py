@@ -108,7 +108,7 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
     number = None if "%" in tokens else quantity(tokens, letters=False) if not bare_words(tokens) else None
     if len(bare_words(tokens)) > 1 and any(token.isdigit() for token in tokens):  # "The answer is 18"
         return Reading("", None, "", "other", (), "", frozenset())
-    tokens = numbers_exact(tokens)
+    tokens = both_signs(numbers_exact(tokens))
     letters = frozenset(c for token in tokens if token.isalpha() and token not in FUNCTIONS for c in token)
     if {"<", ">", "\\le", "\\ge", "\\ne"} & set(tokens):  # x < 2 \cup x > 3
         tokens = ["or" if token == "\\cup" else token for token in tokens]
@@ -271,6 +271,16 @@ def numbers_exact(tokens: list[str]) -> list[str]:
     return out
 
 
+def both_signs(tokens: list[str]) -> list[str]:
+    r"""\frac{3 \pm \sqrt{5}}{2} as two numbers: math-verify reads a \pm outside of brackets alone."""
+    if tokens.count("\\pm") != 1 or {",", ";", "\\{", "or", "and"} & set(tokens):
+        return tokens
+    at, start = tokens.index("\\pm"), tokens.index("=") + 1 if "=" in tokens else 0  # x =
+    if sum((token in "{(") - (token in "})") for token in tokens[start:at]) == 0:
+        return tokens
+    return [*tokens[:at], "+", *tokens[at + 1 :], ",", *tokens[start:at], "-", *tokens[at + 1 :]]
+
+
 def divided(tokens: list[str]) -> tuple[str, list[list[str]]]:
     """What joins the parts of an answer, "or" or "and", and the parts; none if nothing does, or both do."""
     words = {token for token in tokens if token in ("or", "and")}
@@ -381,7 +391,22 @@ DIED = []  # answers of which the judge died
 
 def judged(gold: str, answer: str) -> int:
     """EQUAL, UNEQUAL or UNREADABLE."""
-    return compared(gold, answer) or ask([(gold, answer)])
+    verdict = compared(gold, answer) or ask([(gold, answer)])
+    if verdict == UNREADABLE and "=" not in gold and (value := behind_name(answer)):
+        verdict = compared(gold, value) or ask([(gold, value)])
+    return verdict
+
+
+def behind_name(answer: str) -> str:
+    r"""The 7 of \frac{AB}{BC} = 7, whose left side math-verify cannot read; "" if that is no name alone."""
+    depth = 0
+    for k, c in enumerate(answer):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and c in "=,;":
+            words = set(re.findall(r"(?<![\\a-z])[a-z]+", answer[:k].lower()))
+            said = words | set(plain(answer[:k]))
+            return answer[k + 1 :] if c == "=" and words and not said & (RELATIONS | NO_UNIT | {"!"}) else ""
+    return ""
 
 
 def ask(pairs: list[tuple[str, str]]) -> int:
@@ -436,7 +461,7 @@ def math_judge() -> subprocess.Popen:
 def judge_math():
     """For every line of stdin, a job, a child, and a line how it ended: 10 equal, 11 not, 12 it is not
     mathematics, else a limit. What an answer leaves in sympy's caches is gone with its child."""
-    import contextlib, json, logging, os, resource, sys
+    import contextlib, json, logging, os, re, resource, sys
     from functools import partial
 
     import sympy
@@ -449,7 +474,8 @@ def judge_math():
 
     def read(text: str, real: bool):
         text = normalize_latex(text, nothing_added)
-        return latex2sympy(text, is_real=real, convert_degrees=False, normalization_config=None)
+        degrees = "=" in text and bool(re.search(r"\\(sin|cos|tan|cot|sec|csc)\b", text))  # cos 60° = 0.5
+        return latex2sympy(text, is_real=real, convert_degrees=degrees, normalization_config=None)
 
     def read_side(latex: str, joint: str, parts: list[str], real: bool):
         if not parts:
