@@ -261,9 +261,8 @@ def numbers_exact(tokens: list[str]) -> list[str]:
         if tokens[i].isdigit() or tokens[i] == ".":
             value, end = decimal(tokens, i, commas=False)
             if value is not None and "." in tokens[i:end] and tokens[end : end + 1] != ["."]:
-                brace = value.denominator > 1
-                out += ["{", "\\frac", "{", str(value.numerator), "}", "{", str(value.denominator), "}", "}"
-                        ] if brace else [str(value.numerator)]
+                fraction = ["\\frac", "{", str(value.numerator), "}", "{", str(value.denominator), "}"]
+                out += fraction if value.denominator > 1 else fraction[2:3]
                 i = end
                 continue
         out.append(tokens[i])
@@ -273,12 +272,14 @@ def numbers_exact(tokens: list[str]) -> list[str]:
 
 def both_signs(tokens: list[str]) -> list[str]:
     r"""\frac{3 \pm \sqrt{5}}{2} as two numbers: math-verify reads a \pm outside of brackets alone."""
-    if tokens.count("\\pm") != 1 or {",", ";", "\\{", "or", "and"} & set(tokens):
+    if tokens.count("\\pm") != 1 or tokens[0] == "(":
         return tokens
-    at, start = tokens.index("\\pm"), tokens.index("=") + 1 if "=" in tokens else 0  # x =
+    at, marks = tokens.index("\\pm"), {"=", ",", ";", "or", "and", "\\{", "\\}"}
+    start = max((k + 1 for k in range(at) if tokens[k] in marks), default=0)
+    end = min((k for k in range(at, len(tokens)) if tokens[k] in marks), default=len(tokens))
     if sum((token in "{(") - (token in "})") for token in tokens[start:at]) == 0:
         return tokens
-    return [*tokens[:at], "+", *tokens[at + 1 :], ",", *tokens[start:at], "-", *tokens[at + 1 :]]
+    return [*tokens[:at], "+", *tokens[at + 1 : end], ",", *tokens[start:at], "-", *tokens[at + 1 :]]
 
 
 def divided(tokens: list[str]) -> tuple[str, list[list[str]]]:

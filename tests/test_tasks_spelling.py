@@ -131,6 +131,7 @@ MATHEMATICS = {  # gold, what is equal to it, what is not
         ("7", "\\frac{AB}{BC} = 7|P(A \\cap B)=7|\\det A = 7|AB + BC = 3 + 4 = 7|P(X = 3) = 7",
          "\\det A = 8|\\det A = 6 = 7|not \\det A = 7|AB\\cdot CD \\ne BC = 7|9^{9^{9^9}} = 7|"
          "AB + BC = 7 or 8|\\frac{AB}{BC} = 7x|\\frac{AB}{BC} = 8, \\frac{BC}{AB} = 7"),
+        ("k = \\frac{1}{2}", "k = 0.5|k = 1/2|0.5", "k = 2|k = 0.05|k = 0.50001"),
         ("\\frac{1}{2}", "\\sin 30^\\circ = \\frac{1}{2}|\\cos(60°) = 0.5",
          "\\sin 60^\\circ = \\frac{1}{2}|\\tan 30^\\circ")],
     "both signs": [
@@ -138,6 +139,8 @@ MATHEMATICS = {  # gold, what is equal to it, what is not
          "x = \\frac{3\\pm\\sqrt5}{2}|\\frac{3+\\sqrt5}{2}, \\frac{3-\\sqrt5}{2}|"
          "\\frac32 \\pm \\frac{\\sqrt5}{2}|\\frac{1}{2}(3 \\pm \\sqrt{5})",
          "\\frac{3+\\sqrt5}{2}|\\frac{5\\pm\\sqrt3}{2}|3\\pm\\frac{\\sqrt5}{2}|\\frac{3\\pm\\sqrt5}{2}, 1"),
+        ("-1, \\frac{1 \\pm \\sqrt{5}}{2}", "\\{\\frac{1-\\sqrt5}{2}, -1, \\frac{1+\\sqrt5}{2}\\}",
+         "\\frac{1\\pm\\sqrt5}{2}|1, \\frac{1\\pm\\sqrt5}{2}"),
         ("\\pm\\frac{3}{2}", "\\frac{\\pm3}{2}|1.5, -1.5", "\\frac{3}{2}|\\frac{3\\pm1}{2}")],
     "letters and names": [
         ("B", "\\text{B}|\\text{(B)}|\\textbf{B}", "\\text{C}"),
