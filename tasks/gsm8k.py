@@ -12,6 +12,7 @@ from tasks.answers import BOXED, between_tags, boxed, draw_text
 from tasks.spelling import in_text, opened, plain, quantity
 
 LENGTH = 200  # characters of an answer that is read
+UNKNOWN = re.compile(r"(?<![a-zA-Z])[xyzn](?! ?[\w$(.\\])")  # but 9 x 2 is a product
 
 
 def gsm8k_row(raw: dict) -> dict:
@@ -24,7 +25,8 @@ def gsm8k_row(raw: dict) -> dict:
 
 def read_number(text: str, counted: str = "") -> Fraction | None:
     r"""The number in a text such as "$1,450,000", "10 + 8 = 18", "36/2", "18½" or "12\text{ m}^2", exactly.
-    None if there is none or another ("18 or 19", "17 = 18"), or there may be more to it ("x^{18}", "not 18").
+    None if there is none or another ("18 or 19", "17 = 18", "2x = 18"), or there may be more to it ("x^{18}",
+    "not 18").
     counted: a word such as "dozens" that the question asks for, so that it is a unit."""
     tokens = plain(text) if len(text) <= LENGTH else []
     sides = [[]]
@@ -38,7 +40,9 @@ def read_number(text: str, counted: str = "") -> Fraction | None:
             sides[-1].append(token)
     values = [quantity(side, counted=counted) for side in sides]
     found = {value for value in values if value is not None}
-    return values[-1] if len(found) == 1 else None
+    before = "".join(sides[-2]) if len(sides) > 1 else ""
+    solved = not (UNKNOWN.search(before) and re.search("[0-9]", before))  # nor is x = 9, y = 18 a number
+    return values[-1] if len(found) == 1 and solved else None
 
 
 def gsm8k_reward(text: str, row: dict) -> tuple[float, dict[str, float]]:

@@ -108,7 +108,7 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
     number = None if "%" in tokens else quantity(tokens, letters=False) if not bare_words(tokens) else None
     if len(bare_words(tokens)) > 1 and any(token.isdigit() for token in tokens):  # "The answer is 18"
         return Reading("", None, "", "other", (), "", frozenset())
-    tokens = numbers_exact(tokens)
+    tokens = both_signs(numbers_exact(tokens))
     letters = frozenset(c for token in tokens if token.isalpha() and token not in FUNCTIONS for c in token)
     if {"<", ">", "\\le", "\\ge", "\\ne"} & set(tokens):  # x < 2 \cup x > 3
         tokens = ["or" if token == "\\cup" else token for token in tokens]
@@ -261,14 +261,25 @@ def numbers_exact(tokens: list[str]) -> list[str]:
         if tokens[i].isdigit() or tokens[i] == ".":
             value, end = decimal(tokens, i, commas=False)
             if value is not None and "." in tokens[i:end] and tokens[end : end + 1] != ["."]:
-                brace = value.denominator > 1
-                out += ["{", "\\frac", "{", str(value.numerator), "}", "{", str(value.denominator), "}", "}"
-                        ] if brace else [str(value.numerator)]
+                fraction = ["\\frac", "{", str(value.numerator), "}", "{", str(value.denominator), "}"]
+                out += fraction if value.denominator > 1 else fraction[2:3]
                 i = end
                 continue
         out.append(tokens[i])
         i += 1
     return out
+
+
+def both_signs(tokens: list[str]) -> list[str]:
+    r"""\frac{3 \pm \sqrt{5}}{2} as two numbers: math-verify reads a \pm outside of brackets alone."""
+    if tokens.count("\\pm") != 1 or tokens[0] == "(":
+        return tokens
+    at, marks = tokens.index("\\pm"), {"=", ",", ";", "or", "and", "\\{", "\\}"}
+    start = max((k + 1 for k in range(at) if tokens[k] in marks), default=0)
+    end = min((k for k in range(at, len(tokens)) if tokens[k] in marks), default=len(tokens))
+    if sum((token in "{(") - (token in "})") for token in tokens[start:at]) == 0:
+        return tokens
+    return [*tokens[:at], "+", *tokens[at + 1 : end], ",", *tokens[start:at], "-", *tokens[at + 1 :]]
 
 
 def divided(tokens: list[str]) -> tuple[str, list[list[str]]]:
@@ -381,7 +392,22 @@ DIED = []  # answers of which the judge died
 
 def judged(gold: str, answer: str) -> int:
     """EQUAL, UNEQUAL or UNREADABLE."""
-    return compared(gold, answer) or ask([(gold, answer)])
+    verdict = compared(gold, answer) or ask([(gold, answer)])
+    if verdict == UNREADABLE and "=" not in gold and (value := behind_name(answer)):
+        verdict = compared(gold, value) or ask([(gold, value)])
+    return verdict
+
+
+def behind_name(answer: str) -> str:
+    r"""The 7 of \frac{AB}{BC} = 7, whose left side math-verify cannot read; "" if that is no name alone."""
+    depth = 0
+    for k, c in enumerate(answer):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and c in "=,;":
+            words = set(re.findall(r"(?<![\\a-z])[a-z]+", answer[:k].lower()))
+            said = words | set(plain(answer[:k]))
+            return answer[k + 1 :] if c == "=" and words and not said & (RELATIONS | NO_UNIT | {"!"}) else ""
+    return ""
 
 
 def ask(pairs: list[tuple[str, str]]) -> int:
@@ -436,7 +462,7 @@ def math_judge() -> subprocess.Popen:
 def judge_math():
     """For every line of stdin, a job, a child, and a line how it ended: 10 equal, 11 not, 12 it is not
     mathematics, else a limit. What an answer leaves in sympy's caches is gone with its child."""
-    import contextlib, json, logging, os, resource, sys
+    import contextlib, json, logging, os, re, resource, sys
     from functools import partial
 
     import sympy
@@ -449,7 +475,8 @@ def judge_math():
 
     def read(text: str, real: bool):
         text = normalize_latex(text, nothing_added)
-        return latex2sympy(text, is_real=real, convert_degrees=False, normalization_config=None)
+        degrees = "=" in text and bool(re.search(r"\\(sin|cos|tan|cot|sec|csc)\b", text))  # cos 60° = 0.5
+        return latex2sympy(text, is_real=real, convert_degrees=degrees, normalization_config=None)
 
     def read_side(latex: str, joint: str, parts: list[str], real: bool):
         if not parts:

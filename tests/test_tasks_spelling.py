@@ -56,6 +56,9 @@ NUMBERS = {
         ("（18）", 18), ("－18", -18), ("18。", 18), ("1.8×10⁻¹", F(9, 50)), ("<u>18</u>", 18)],
     "special tokens": [
         ("1<|start_header_id|>8", None), ("18<|eot_id|>", 18), ("<|a|>18<|b|>", 18), ("1<|a|><|b|>8", None)],
+    "equations": [
+        ("2x = 18", None), ("x + 5 = 18", None), ("\\frac{x}{2} = 18", None), ("x = 9, y = 18", None),
+        ("9 x $2 = $18", 18), ("3x = 3(6) = 18", 18), ("x + y = 18", 18), ("50\\% \\text{ of } 36 = 18", 18)],
     "not a unit": [
         ("18 times", None), ("18 to 20", None), ("18 over 5", None), ("18 feet 3 inches", None),
         ("18 x", None),
@@ -124,6 +127,21 @@ MATHEMATICS = {  # gold, what is equal to it, what is not
         ("(-\\infty,2)\\cup(3,\\infty)", "x<2\\lor x>3|x<2∨x>3|x<2\\cup x>3|(-∞,2)⋃(3,∞)",
          "x<2\\land x>3"),
         ("\\emptyset", "\\{\\}|∅", "0")],
+    "names and values": [
+        ("7", "\\frac{AB}{BC} = 7|P(A \\cap B)=7|\\det A = 7|AB + BC = 3 + 4 = 7|P(X = 3) = 7",
+         "\\det A = 8|\\det A = 6 = 7|not \\det A = 7|AB\\cdot CD \\ne BC = 7|9^{9^{9^9}} = 7|"
+         "AB + BC = 7 or 8|\\frac{AB}{BC} = 7x|\\frac{AB}{BC} = 8, \\frac{BC}{AB} = 7"),
+        ("k = \\frac{1}{2}", "k = 0.5|k = 1/2|0.5", "k = 2|k = 0.05|k = 0.50001"),
+        ("\\frac{1}{2}", "\\sin 30^\\circ = \\frac{1}{2}|\\cos(60°) = 0.5",
+         "\\sin 60^\\circ = \\frac{1}{2}|\\tan 30^\\circ")],
+    "both signs": [
+        ("\\frac{3 \\pm \\sqrt{5}}{2}",
+         "x = \\frac{3\\pm\\sqrt5}{2}|\\frac{3+\\sqrt5}{2}, \\frac{3-\\sqrt5}{2}|"
+         "\\frac32 \\pm \\frac{\\sqrt5}{2}|\\frac{1}{2}(3 \\pm \\sqrt{5})",
+         "\\frac{3+\\sqrt5}{2}|\\frac{5\\pm\\sqrt3}{2}|3\\pm\\frac{\\sqrt5}{2}|\\frac{3\\pm\\sqrt5}{2}, 1"),
+        ("-1, \\frac{1 \\pm \\sqrt{5}}{2}", "\\{\\frac{1-\\sqrt5}{2}, -1, \\frac{1+\\sqrt5}{2}\\}",
+         "\\frac{1\\pm\\sqrt5}{2}|1, \\frac{1\\pm\\sqrt5}{2}"),
+        ("\\pm\\frac{3}{2}", "\\frac{\\pm3}{2}|1.5, -1.5", "\\frac{3}{2}|\\frac{3\\pm1}{2}")],
     "letters and names": [
         ("B", "\\text{B}|\\text{(B)}|\\textbf{B}", "\\text{C}"),
         ("\\ln 2", "ln(2)|\\mathrm{ln}\\,2", "ln(3)"),
