@@ -5,6 +5,7 @@ r"""MATH: competition problems whose answer is an expression, a set, an interval
 """
 
 import atexit
+import contextlib
 import functools
 import inspect
 import json
@@ -432,6 +433,8 @@ def ask(pairs: list[tuple[str, str]]) -> int:
             atexit.register(lambda: print(f"math: the judge died {len(DIED)} times", file=sys.stderr))
         DIED.append(pairs[-1][1])
         math_judge.cache_clear()
+        with contextlib.suppress(OSError), judge:  # it is buried, and its pipes are closed
+            judge.kill()
     return UNREADABLE
 
 
