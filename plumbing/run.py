@@ -43,7 +43,7 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
     train(args, model, task, run) is the method, Args its settings. sudoku, countdown, llm and variants: what
     a run starts from, see flags.parse_args."""
     settle()
-    method, begun = Path(inspect.getfile(train)).stem, False
+    method, begun, run = Path(inspect.getfile(train)).stem, False, None
     try:
         args, settings = parse_args(Args, method, sudoku, countdown, llm, **variants)
         model, task = setup(settings)
@@ -57,13 +57,19 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
         print("\nstopped by ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
     except tasks.OwnError as error:  # a reward of one's own met a text that it cannot read
-        parallel.after_rank_0()
-        sys.exit(f"error: {error}")
+        end(run, str(error))
     except OSError as error:  # a name too long, a folder that was moved, deleted or made read-only meanwhile
         if not begun:
             refuse(one_line(error))
-        parallel.after_rank_0()
-        sys.exit(f"error: {one_line(error)}")
+        end(run, one_line(error))
+
+
+def end(run: "FolderRun | None", why: str):
+    """Exit status 1, with one line that begins behind the progress bar and not in it."""
+    if run and run.bar:
+        run.bar.close()
+    parallel.after_rank_0()
+    sys.exit(f"error: {why}")
 
 
 # --------------------------------------------------------------------- model and task of the command line
@@ -168,7 +174,7 @@ def evaluate(
         reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
         if kind == "eval":
             answers = list(zip(texts, parts["correct"].tolist(), strict=True))
-            everything = vars(roll) | parts | {"reward": reward}
+            everything = parts | vars(roll) | {"reward": reward}  # a part may be called "entropy", too
             shown = {name: everything[name].cpu() for name in SHOWN}
         means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
         metrics |= {f"{kind}_{name}": values.double().mean().item() for name, values in means.items()}
@@ -301,6 +307,7 @@ class FolderRun(Run):
         self.counters = Counter(dict.fromkeys(COUNTED, 0))
         self.skipped_in_a_row = 0
         self.interrupted = 0.0  # when it was asked to stop
+        self.bar = None  # until the first update
         self.tracker = settings.track  # None once it has failed; a resumed run tries again
         self.writes = parallel.rank() == 0
         self.out.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,7 @@ def refused(capfd, *argv, status: int = 2, method: str = "egspo") -> str:
     message = capfd.readouterr().err
     if isinstance(stopped.value.code, str):  # sys.exit(text) prints it when Python ends: status 1
         assert status == 1 and "\n" not in stopped.value.code
+        assert message.endswith("\n") or not message  # else it would stand behind the progress bar
         return stopped.value.code
     message = message.split("\r")[-1].strip()
     assert stopped.value.code == status and message.startswith("error: ") and "\n" not in message, message
@@ -222,7 +223,8 @@ TINY = TASK = Recipe(row, reward)
     "return bool(text), dict(correct=True, parse_fail=False)",
     "import numpy as np; return np.float64(1), {'correct': np.bool_(True), 'parse_fail': np.int64(0)}",
     "return (1 if '1' in text else .5), {'correct': .5, 'parse_fail': 0}",
-    "row.clear(); return 0.0, {'correct': 0.0, 'parse_fail': 0.0}"])
+    "row.clear(); return 0.0, {'correct': 0.0, 'parse_fail': 0.0}",
+    "return 1.0, dict(correct=0.0, parse_fail=0.0, entropy=0.5, completion=1.0)"])
 def test_rewards_of_any_numbers(body, base, tmp_path, monkeypatch):
     """And a row is not the reward's to change: a resumed run would find it as it was."""
     monkeypatch.chdir(tmp_path)
