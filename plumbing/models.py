@@ -425,6 +425,7 @@ def is_bidirectional(model: Denoiser) -> bool:
 def save_model(model: Denoiser, folder: Path, weights: dict | None = None):
     """Write a transformers folder that load_model reads; only a complete new one replaces an old one.
     weights: of a sharded network, gathered."""
+    folder = folder.resolve()  # of a link to another disk, what it points to is replaced
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     model.network.save_pretrained(

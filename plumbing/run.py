@@ -196,8 +196,10 @@ def keep_answers(
         "update": update, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
         "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
         "torch": torch.__version__, "commit": git_commit(), "args": vars(settings), "answers": answers}
-    with open(Path(settings.out) / "evals.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    file = Path(settings.out) / "evals.jsonl"
+    cut_off = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # by a kill, or a full disk
+    with open(file, "a") as opened:
+        opened.write("\n" * cut_off + json.dumps(line) + "\n")
 
 
 def evaluate_only(settings: SimpleNamespace, model: Denoiser, task: Task) -> float:
@@ -269,6 +271,8 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
         shards, saved = model.network.state_dict(), state.pop("network")
         if parallel.rank() == 0 and not all(v.isfinite().all() for v in saved.values()):
             raise ValueError("its weights are not finite")
+        if rounded := [k for k, v in saved.items() if k in shards and v.dtype != shards[k].dtype]:
+            raise ValueError(f"its {rounded[0]} is {saved[rounded[0]].dtype}")  # loaded without a word
         model.network.load_state_dict({k: parallel.like(v, shards.get(k)) for k, v in saved.items()})
         if optimizer:
             all_moments = state["optimizer"]["state"]
@@ -276,7 +280,9 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
                 raise ValueError("it lacks the moments of Adam")
             for i, p in enumerate(optimizer.param_groups[0]["params"]):
                 moments = all_moments.get(i, {})
-                if any(v.shape not in (p.shape, ()) for v in moments.values()):
+                form = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                if moments and ({k: v.shape for k, v in moments.items()} != form or
+                                {moments[k].dtype for k in ("exp_avg", "exp_avg_sq")} != {p.dtype}):
                     raise ValueError(f"moments of Adam do not fit to parameter {i}")
                 moments.update({k: parallel.like(v, p) for k, v in moments.items() if v.shape == p.shape})
             optimizer.load_state_dict(state["optimizer"])
