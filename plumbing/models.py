@@ -436,6 +436,7 @@ def save_model(model: Denoiser, folder: Path, weights: dict | None = None):
     folder = folder.resolve()  # of a link to another disk, what it points to is replaced
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)  # where a file is in the way, transformers would save nothing, without a word
     model.network.save_pretrained(
         fresh, state_dict=weights, save_original_format=False)  # else LLaDA's names, a Llama config
     model.tokenizer.save_pretrained(fresh)

@@ -596,6 +596,15 @@ def test_what_is_linked_to_another_disk_stays_there(done, tmp_path):
     models.load_model(str(out / "model"))
 
 
+def test_a_file_where_a_model_is_to_be_saved(done, tmp_path, capfd):
+    out = tmp_path / "run"
+    shutil.copytree(done, out)
+    (out / "model.new").write_text("somebody's")
+    before = held(out / "model")
+    assert "cannot be written" in refused(capfd, "--resume", out, "--updates", 3, status=1)
+    assert held(out / "model") == before
+
+
 BEFORE = {
     "gone": Path.unlink, "a folder": a_folder, "cut": cut, "a bit": flipped(0.5),
     "a list": lambda file: torch.save([1], file),
