@@ -230,6 +230,8 @@ def check_out(settings: SimpleNamespace):
     if (out / "args.json").exists() and not settings.resume:
         other = "evaluate it with --resume" if settings.eval_only else go_on
         refuse(f"{out} exists and holds a run: {other}, or choose another --out")
+    if pipes := [file for file in out.glob("*") if file.is_fifo()]:
+        refuse(f"{pipes[0]} is no file")  # to read or write it would wait, perhaps for ever
     free = settings.resume or not os.path.lexists(out) or out.is_dir() and settings.eval_only
     if not free and not (out.is_dir() and set(os.listdir(out)) <= {"lost+found"}):  # of a mounted volume
         refuse(f"{out} exists and holds no run to go on with: choose another --out")

@@ -82,9 +82,10 @@ LLADA_CONFIG = {
     "attention_bias": "include_qkv_bias", "mlp_bias": "include_bias", "tie_word_embeddings": "weight_tying",
     "pad_token_id": "pad_token_id", "eos_token_id": "eos_token_id",
 }
-# check_weights tells the fourth; of a classifier's labels a list would be made, as long as they say
+# check_weights tells the fourth; of a classifier's labels a list would be made, as long as they say; and
+# where it was trained, there may have been another attention than here
 NOT_OURS = ("auto_map", "architectures", "model_type", "quantization_config", "num_labels", "id2label",
-            "label2id")
+            "label2id", "attn_implementation", "_attn_implementation")
 NO_WINDOW = {"use_sliding_window": False, "layer_types": None}  # of Qwen's attention
 LLADA_FIXED = {  # in every release; another value would change the network but not the parameters' names
     "alibi": False, "scale_logits": False, "input_emb_norm": False, "attention_layer_norm": False,
@@ -186,6 +187,8 @@ def raw_config(name: str, where: str, revision: str | None) -> dict:
     refuse_adapter(name, where, revision)
     if pipes := [str(file) for file in Path(where).glob("*") if file.is_fifo()]:  # nobody may fill it
         refuse(f"{name} holds what is no file: {pipes[0]}")
+    if Path(where).is_dir() and not Path(where, "config.json").exists():  # the folder around that of a model
+        refuse(f"{name} has no config.json: a model is the folder that holds one, such as model/ of a run")
     raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
     check_finite(name, raw)
     return raw
@@ -389,6 +392,11 @@ def check_weights(name: str, network: PreTrainedModel, report: dict, folder: str
             for key in tensors.keys():
                 if (stored := tensors.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
                     refuse(f"{name} holds no weights but codes of a quantised model: {key} is {stored}")
+    if not list(Path(folder).glob("*.safetensors")):
+        for file in sorted(Path(folder).glob("pytorch_model*.bin")):
+            for key, stored in torch.load(file, map_location="meta", weights_only=True).items():
+                if not stored.is_floating_point() or stored.dtype.itemsize < 2:
+                    refuse(f"{name} holds no weights but codes of a quantised model: {key} is {stored.dtype}")
     wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
     if wrong:
         refuse(f"{name} does not hold the weights of its config.json: {wrong}")
@@ -425,8 +433,10 @@ def is_bidirectional(model: Denoiser) -> bool:
 def save_model(model: Denoiser, folder: Path, weights: dict | None = None):
     """Write a transformers folder that load_model reads; only a complete new one replaces an old one.
     weights: of a sharded network, gathered."""
+    folder = folder.resolve()  # of a link to another disk, what it points to is replaced
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)  # where a file is in the way, transformers would save nothing, without a word
     model.network.save_pretrained(
         fresh, state_dict=weights, save_original_format=False)  # else LLaDA's names, a Llama config
     model.tokenizer.save_pretrained(fresh)

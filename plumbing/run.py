@@ -43,7 +43,7 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
     train(args, model, task, run) is the method, Args its settings. sudoku, countdown, llm and variants: what
     a run starts from, see flags.parse_args."""
     settle()
-    method, begun = Path(inspect.getfile(train)).stem, False
+    method, begun, run = Path(inspect.getfile(train)).stem, False, None
     try:
         args, settings = parse_args(Args, method, sudoku, countdown, llm, **variants)
         model, task = setup(settings)
@@ -57,13 +57,19 @@ def main(train: Callable, Args: type, sudoku: dict, countdown: dict, llm: dict, 
         print("\nstopped by ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
     except tasks.OwnError as error:  # a reward of one's own met a text that it cannot read
-        parallel.after_rank_0()
-        sys.exit(f"error: {error}")
+        end(run, str(error))
     except OSError as error:  # a name too long, a folder that was moved, deleted or made read-only meanwhile
         if not begun:
             refuse(one_line(error))
-        parallel.after_rank_0()
-        sys.exit(f"error: {one_line(error)}")
+        end(run, one_line(error))
+
+
+def end(run: "FolderRun | None", why: str):
+    """Exit status 1, with one line that begins behind the progress bar and not in it."""
+    if run and run.bar:
+        run.bar.close()
+    parallel.after_rank_0()
+    sys.exit(f"error: {why}")
 
 
 # --------------------------------------------------------------------- model and task of the command line
@@ -168,7 +174,7 @@ def evaluate(
         reward, parts, texts = reward_rows(model, task, roll.completion, task.test)
         if kind == "eval":
             answers = list(zip(texts, parts["correct"].tolist(), strict=True))
-            everything = vars(roll) | parts | {"reward": reward}
+            everything = parts | vars(roll) | {"reward": reward}  # a part may be called "entropy", too
             shown = {name: everything[name].cpu() for name in SHOWN}
         means = {"accuracy": parts["correct"], "reward": reward, "parse_fail": parts["parse_fail"]}
         metrics |= {f"{kind}_{name}": values.double().mean().item() for name, values in means.items()}
@@ -190,8 +196,10 @@ def keep_answers(
         "update": update, "rows": len(answers), "order": "top_prob", "eval_temperature": 0.0,
         "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
         "torch": torch.__version__, "commit": git_commit(), "args": vars(settings), "answers": answers}
-    with open(Path(settings.out) / "evals.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    file = Path(settings.out) / "evals.jsonl"
+    cut_off = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # by a kill, or a full disk
+    with open(file, "a") as opened:
+        opened.write("\n" * cut_off + json.dumps(line) + "\n")
 
 
 def evaluate_only(settings: SimpleNamespace, model: Denoiser, task: Task) -> float:
@@ -263,6 +271,8 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
         shards, saved = model.network.state_dict(), state.pop("network")
         if parallel.rank() == 0 and not all(v.isfinite().all() for v in saved.values()):
             raise ValueError("its weights are not finite")
+        if rounded := [k for k, v in saved.items() if k in shards and v.dtype != shards[k].dtype]:
+            raise ValueError(f"its {rounded[0]} is {saved[rounded[0]].dtype}")  # loaded without a word
         model.network.load_state_dict({k: parallel.like(v, shards.get(k)) for k, v in saved.items()})
         if optimizer:
             all_moments = state["optimizer"]["state"]
@@ -270,7 +280,9 @@ def load_state(out: Path, model: Denoiser, optimizer: torch.optim.Optimizer | No
                 raise ValueError("it lacks the moments of Adam")
             for i, p in enumerate(optimizer.param_groups[0]["params"]):
                 moments = all_moments.get(i, {})
-                if any(v.shape not in (p.shape, ()) for v in moments.values()):
+                form = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                if moments and ({k: v.shape for k, v in moments.items()} != form or
+                                {moments[k].dtype for k in ("exp_avg", "exp_avg_sq")} != {p.dtype}):
                     raise ValueError(f"moments of Adam do not fit to parameter {i}")
                 moments.update({k: parallel.like(v, p) for k, v in moments.items() if v.shape == p.shape})
             optimizer.load_state_dict(state["optimizer"])
@@ -301,6 +313,7 @@ class FolderRun(Run):
         self.counters = Counter(dict.fromkeys(COUNTED, 0))
         self.skipped_in_a_row = 0
         self.interrupted = 0.0  # when it was asked to stop
+        self.bar = None  # until the first update
         self.tracker = settings.track  # None once it has failed; a resumed run tries again
         self.writes = parallel.rank() == 0
         self.out.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ which makes a Task of a recipe, and where rows come from. What answers have in c
 
 import ast
 import contextlib
+import copy
 import csv
 import functools
 import importlib
@@ -103,9 +104,9 @@ def load(
                      draw=guarded(recipe.draw, name, "a drawing is a list of lines: ", drawing_form))
     try:
         return load_recipe(recipe, name, data, test_data, train, held_out)
-    except ValueError:
-        raise
     except (Exception, SystemExit) as error:  # its functions may do anything
+        if isinstance(error, ValueError) and not lines_of(name, error):
+            raise  # one of ours, which says what is wrong
         raise ValueError(where_it_fell(name, error)) from error
 
 
@@ -142,10 +143,15 @@ class OwnError(ValueError):
     """What a reward or a drawing of a file of one's own raised, or gave that is none, in one line."""
 
 
+def lines_of(name: str, error: BaseException) -> list[int]:
+    """The lines of the file that were at work when the error was raised, the last called last."""
+    return [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(Path(name).resolve())]
+
+
 def where_it_fell(name: str, error: BaseException, what: str = "") -> str:
     """One line: the file, the line of it that was at work, and the error."""
-    at_work = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-               if frame.filename == str(Path(name).resolve())]
+    at_work = lines_of(name, error)
     place = f"{name}, line {at_work[-1]}" if at_work else name
     return f"{place}: {what}" + textwrap.shorten(f"{type(error).__name__}: {error}", 160)
 
@@ -155,7 +161,7 @@ def guarded(function: Callable, name: str, what: str, form: Callable) -> Callabl
     raises. It gets a copy of the row: what it wrote there, a resumed run would not know."""
     def call(text: str, row: dict):
         try:
-            return form(function(text, dict(row)))
+            return form(function(text, copy.deepcopy(row)))
         except (Exception, SystemExit) as error:
             raise OwnError(where_it_fell(name, error, what)) from error
     return call
@@ -204,8 +210,8 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
     for number, raw in enumerate(raws, 1):
         try:
             row = recipe.row(raw)
-            if not isinstance(row["prompt"], str):
-                raise ValueError("its prompt is not text")
+            if not isinstance(row["prompt"], str) or not row["prompt"]:
+                raise ValueError("its prompt is no text")
             hash(recipe.key(row))
             json.dumps(row, ensure_ascii=False).encode()  # no tokenizer takes half a character
             rows[number] = row
@@ -214,6 +220,8 @@ def make_rows(recipe: Recipe, raws: list[dict], where: str) -> list[dict]:
             wrong[number] = textwrap.shorten(f"{missing}{str(error) or type(error).__name__}", 160)
     try:
         flaws = recipe.flawed(list(rows.values()))
+        if len(flaws) != len(rows):
+            raise ValueError(f"{where}: flawed() gave {len(flaws)} answers for {len(rows)} rows")
     except RuntimeError as error:  # what judges them does not work here
         raise ValueError(textwrap.shorten(f"{where}: {error}", 300)) from error
     wrong |= {number: textwrap.shorten(why, 160) for number, why in zip(rows, flaws, strict=True) if why}

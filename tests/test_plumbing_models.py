@@ -825,6 +825,40 @@ def test_refused_quantised(method, tmp_path, capfd):
     assert "quantised" in refused(capfd, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_safetensors(kind, tmp_path, capfd):
+    """What torch.save wrote; codes among it would be taken for weights there as well."""
+    written = write("a2d-llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({k: v.float().mul(8).to(kind) if k.endswith("up_proj.weight") and kind != torch.float16 else v
+                for k, v in tensors.items()}, tmp_path / "pytorch_model.bin")
+    if kind == torch.float16:
+        model = load_model(str(tmp_path))
+        assert_same(logits(model), expected("a2d-llama", written), model)
+    else:
+        assert "quantised" in refused(capfd, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_attention_is_ours(field, tmp_path):
+    """Not that of the machine where a model was trained, which this one may lack."""
+    write("dream", tmp_path)
+    before = logits(load_model(str(tmp_path)))
+    edit_config(tmp_path, **{field: "flash_attention_2"})
+    assert torch.equal(logits(load_model(str(tmp_path))), before)
+
+
+def test_a_folder_around_a_model_is_told(tmp_path, capfd):
+    """A run's folder, one of several checkpoints, one of a cache; and an empty one."""
+    for inner in ("model", "checkpoint-100", "snapshots/" + 40 * "a", ""):
+        outer = tmp_path / f"outer-{len(inner)}"
+        outer.mkdir()
+        if inner:
+            write("dream", outer / inner)
+        assert "has no config.json" in refused(capfd, outer)
+
+
 def test_refused_names_of_another_layout(tmp_path, capfd):
     """LLaDA's tensors beside a Llama config, which is what an ordinary save_pretrained leaves behind."""
     write("a2d-llama", tmp_path)

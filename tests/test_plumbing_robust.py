@@ -55,6 +55,7 @@ def refused(capfd, *argv, status: int = 2, method: str = "egspo") -> str:
     message = capfd.readouterr().err
     if isinstance(stopped.value.code, str):  # sys.exit(text) prints it when Python ends: status 1
         assert status == 1 and "\n" not in stopped.value.code
+        assert message.endswith("\n") or not message  # else it would stand behind the progress bar
         return stopped.value.code
     message = message.split("\r")[-1].strip()
     assert stopped.value.code == status and message.startswith("error: ") and "\n" not in message, message
@@ -222,7 +223,8 @@ TINY = TASK = Recipe(row, reward)
     "return bool(text), dict(correct=True, parse_fail=False)",
     "import numpy as np; return np.float64(1), {'correct': np.bool_(True), 'parse_fail': np.int64(0)}",
     "return (1 if '1' in text else .5), {'correct': .5, 'parse_fail': 0}",
-    "row.clear(); return 0.0, {'correct': 0.0, 'parse_fail': 0.0}"])
+    "row.clear(); return 0.0, {'correct': 0.0, 'parse_fail': 0.0}",
+    "return 1.0, dict(correct=0.0, parse_fail=0.0, entropy=0.5, completion=1.0)"])
 def test_rewards_of_any_numbers(body, base, tmp_path, monkeypatch):
     """And a row is not the reward's to change: a resumed run would find it as it was."""
     monkeypatch.chdir(tmp_path)
@@ -445,7 +447,16 @@ def not_finite(file: Path):
     torch.save(state, file)
 
 
+def rounded(file: Path):
+    state = torch.load(file, weights_only=True)
+    state["network"] = {k: v.bfloat16() for k, v in state["network"].items()}
+    torch.save(state, file)
+
+
 DAMAGE = {
+    "state.pt, weights of another precision": ("state.pt", rounded),
+    "evals.jsonl, a pipe": ("evals.jsonl", a_pipe),
+    "trace.html, a pipe": ("trace.html", a_pipe),
     "state.pt, a pipe": ("state.pt", a_pipe),
     "state.pt, weights NaN": ("state.pt", not_finite),
     "state.pt, seconds inf": ("state.pt", counted("seconds", math.inf)),
@@ -519,6 +530,8 @@ def test_a_damaged_folder_is_refused_in_one_line_and_left_alone(name, done, tmp_
 def test_moments_that_lack_and_a_log_that_was_forgotten(done, tmp_path, capfd):
     """A run would go on, with other numbers or with no log of what was. (An evaluation needs neither.)"""
     for number, damage in enumerate([moments(lambda held: held[0].update(exp_avg=torch.zeros(3))),
+                                     moments(lambda held: held[0].pop("exp_avg_sq")),
+                                     moments(lambda held: held[0].update(exp_avg=held[0]["exp_avg"].half())),
                                      moments(dict.clear), changed(metrics_bytes=0)]):
         out = tmp_path / str(number)
         shutil.copytree(done, out)
@@ -556,6 +569,40 @@ def test_no_flipped_bit_changes_a_checkpoint(tmp_path):
             continue
         assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], v) for k, v in tensors.items())
     assert seen > 300
+
+
+def test_an_evaluation_behind_a_line_that_was_cut_off(done, tmp_path):
+    """By a kill, or a full disk. What was whole before it stays whole, and so is what comes after."""
+    out = tmp_path / "run"
+    shutil.copytree(done, out)
+    first = (out / "evals.jsonl").read_text()
+    (out / "evals.jsonl").write_text(first + first[:100])
+    launch("--resume", out, "--eval_only")
+    kept = (out / "evals.jsonl").read_text().split("\n")
+    assert kept[0] + "\n" == first and len(kept) == 4 and json.loads(kept[2])["update"] == 2
+
+
+def test_what_is_linked_to_another_disk_stays_there(done, tmp_path):
+    """model/ of a run; three times, since a save leaves the one before for the next to remove."""
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    shutil.copytree(done, out)
+    disk.mkdir()
+    shutil.move(out / "model", disk / "model")
+    (out / "model").symlink_to(disk / "model")
+    before = held(disk)
+    for updates in (3, 4, 5):
+        launch("--resume", out, "--updates", updates)
+    assert (out / "model").is_symlink() and os.listdir(disk) == ["model"] and held(disk) != before
+    models.load_model(str(out / "model"))
+
+
+def test_a_file_where_a_model_is_to_be_saved(done, tmp_path, capfd):
+    out = tmp_path / "run"
+    shutil.copytree(done, out)
+    (out / "model.new").write_text("somebody's")
+    before = held(out / "model")
+    assert "cannot be written" in refused(capfd, "--resume", out, "--updates", 3, status=1)
+    assert held(out / "model") == before
 
 
 BEFORE = {

@@ -192,7 +192,10 @@ TASK = Recipe(lambda raw: {'prompt': '?'}, reward, """
         ("flawed=lambda rows: None)", "mine.py: TypeError"), ("flawed=lambda rows: [True])", "mine.py: "),
         ("flawed=lambda rows: exit())", "mine.py, line 4: SystemExit"),
         ("sources={'test': 5})", "mine.py: TypeError"),
-        ("sources={'test': lambda: 1 / 0})", "line 4: Zero"))),
+        ("sources={'test': lambda: 1 / 0})", "line 4: Zero"), ("flawed=lambda rows: [])", "0 answers for 1 "),
+        ("right=lambda row: int('x'))", "mine.py, line 4: ValueError: invalid"),
+        ("sources={'test': lambda: int('x' + chr(10))})", "mine.py, line 4: ValueError: invalid"))),
+    (HALF.replace("'?'", "''") + ")", "row 1: its prompt is no text"),
     (HALF.replace("0.0, {", "float('inf'), {") + ")", "mine.py: a reward is .*finite"),
     (HALF.replace("'correct': 0.0", "'correct': 2") + ")", "mine.py: a reward is .*from 0 to 1"),
     (HALF.replace("{'prompt'", "exit() or {'prompt'") + ")", "row 1: .*"),
@@ -204,3 +207,16 @@ def test_a_task_of_ones_own_that_cannot_be_used(tmp_path, source, said):
     with pytest.raises(ValueError, match=said) as refusal:
         load(str(tmp_path / "mine.py"), chat=True, test_data=data, train=False)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_row_is_not_changed_by_a_task_of_ones_own(tmp_path):
+    """Nor are the lists in it, from which a reward may take what an answer has used."""
+    (tmp_path / "mine.py").write_text("""from tasks import Recipe
+def reward(text, row):
+    right = float(row["left"].pop() == 3)
+    return right, {"correct": right, "parse_fail": 0.0}
+TASK = Recipe(lambda raw: {"prompt": "?", **raw}, reward, lambda text, row: [str(row["left"].pop())])""")
+    data = write(tmp_path / "rows.json", [{"left": [1, 2, 3]}])
+    task = load(str(tmp_path / "mine.py"), chat=True, test_data=data, train=False)
+    for _ in range(3):
+        assert task.reward("", task.test[0])[0] == 1.0 and task.draw("", task.test[0]) == ["3"]
