@@ -422,6 +422,7 @@ def ask(pairs: list[tuple[str, str]]) -> int:
             sides = [side._replace(latex=f"({side.latex[1:-1]},0)") for side in sides]
         job.append([[side.latex, side.joint, side.parts, bases(side.latex)] for side in sides])
     for _ in range(2):
+        judge = None
         try:
             judge = math_judge()
             print(json.dumps(job), file=judge.stdin, flush=True)
@@ -433,8 +434,9 @@ def ask(pairs: list[tuple[str, str]]) -> int:
             atexit.register(lambda: print(f"math: the judge died {len(DIED)} times", file=sys.stderr))
         DIED.append(pairs[-1][1])
         math_judge.cache_clear()
-        with contextlib.suppress(OSError), judge:  # it is buried, and its pipes are closed
-            judge.kill()
+        if judge:
+            with contextlib.suppress(OSError), judge:  # it is buried, and its pipes are closed
+                judge.kill()
     return UNREADABLE
 
 
