@@ -30,7 +30,7 @@ for the tiny model. Differences from the authors' code, each with its commit, ar
 
 python wd1.py                          4x4 Sudoku, 26 to 80 % of the held-out boards solved, in 44 s
 python wd1.py --positive_only          w+ alone imitates its own samples
-python wd1.py --plusplus               26 to 95 %, in 44 s, from settings of its own (PLUSPLUS)
+python wd1.py --plusplus               26 to 96 %, in 44 s, from settings of its own (PLUSPLUS)
 python wd1.py --plusplus --task countdown        18 to 49 %
 python wd1.py --plusplus --task countdown --y greedy     how greedy completions make it collapse
 """

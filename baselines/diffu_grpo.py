@@ -19,7 +19,7 @@ mask for each row, in which padding may be hidden, and with gradient accumulatio
 for a prompt, so G times fewer forwards); it trains a LoRA on 4-bit weights. Ours has minibatches and no SFT
 stage before RL; without a KL it does not evaluate rows of advantage 0; its defaults are for the tiny model.
 
-python baselines/diffu_grpo.py                   4x4 Sudoku, 26 to 78 % in 43 s
+python baselines/diffu_grpo.py                   4x4 Sudoku, 26 to 74 % in 64 s
 python baselines/diffu_grpo.py --hide_prompt 0   the whole prompt shown: every pass sees the same canvas
 """
 
