@@ -236,6 +236,16 @@ def runs_of(there: dict[str, dict], method: str, task: str, change: str = "") ->
     return [of_base for of_base in found if of_base]
 
 
+def ablation_runs(there: dict[str, dict], method: str, change: str) -> list[list[dict]]:
+    """The finished runs of a change; of none ("") those from the bases, and with the seeds, of a change that
+    was made: only these can be compared."""
+    if change:
+        return runs_of(there, method, "sudoku", change)
+    same = {command_of(method, "sudoku", base, seed) for base in range(2) for seed in range(1, 10)
+            if any(command_of(method, "sudoku", base, seed, c) in there for c in ABLATIONS[method])}
+    return runs_of({command: row for command, row in there.items() if command in same}, method, "sudoku")
+
+
 def base_configs() -> dict[str, dict]:
     """config.json of every kept base, by its name."""
     folders = [BASES / f"{task}-{base}" for task in TINY for base in range(3)]
@@ -257,10 +267,8 @@ def every_table() -> dict[str, str]:
     # out.
     known = {task: [config["knows"]["test_one_token"] for config in configs.values()
                     if config["tiny_task"] == task] for task in TINY}
-    changed = [(method, change, runs_of(there, method, "sudoku", change))
-               for method, changes in ABLATIONS.items() for change in ["", *changes]]
-    varied = {method for method, change, runs in changed if change and runs}  # with something to compare
-    changed = [line for line in changed if line[2] and line[0] in varied]
+    changed = [(method, change, runs) for method, changes in ABLATIONS.items() for change in ["", *changes]
+               if (runs := ablation_runs(there, method, change))]
     long = [there[c] for seed in (1, 2, 3) for method in LONG
             if (c := command_of(method, "sudoku", 0, seed, long_change(method))) in there]
     return {
