@@ -269,6 +269,7 @@ def every_table() -> dict[str, str]:
                     if config["tiny_task"] == task] for task in TINY}
     changed = [(method, change, runs) for method, changes in ABLATIONS.items() for change in ["", *changes]
                if (runs := ablation_runs(there, method, change))]
+    bases = max((len(runs) for _, _, runs in changed), default=0)
     long = [there[c] for seed in (1, 2, 3) for method in LONG
             if (c := command_of(method, "sudoku", 0, seed, long_change(method))) in there]
     return {
@@ -277,7 +278,7 @@ def every_table() -> dict[str, str]:
         **{f"budget {task}": tables.budget_table(main[task], MAIN, PAPER[task], known[task])
            for task in TINY},
         "long": tables.long_table(long, known["sudoku"][0]),
-        "ablations": tables.ablation_table(changed, known["sudoku"][:2]),
+        "ablations": tables.ablation_table(changed, known["sudoku"][:bases]),
         **{f"tuning {name}": tables.tuning_table(tried, configs[name]["knows"]["validation_one_token"])
            for name in configs if (tried := tuned.get(digest(BASES / name)))},
         "tree": tables.tree_table(lines("tree.jsonl")),
