@@ -53,7 +53,7 @@ from plumbing.folder import fingerprint, hold, load_checked, write_whole  # noqa
 from plumbing.models import (KINDS, MASKS, NO_WINDOW, NOT_OURS, STOCK, check_prompts,  # noqa: E402
                              check_stored, check_weights, is_bidirectional, locate, raw_config, read_ids,
                              release_memory, save_model, stock_config, unused_ids)
-from plumbing.parallel import one_line, refuse  # noqa: E402
+from plumbing.parallel import one_line, refuse, refused  # noqa: E402
 from plumbing.pretrain import loss_of  # noqa: E402
 from plumbing.run import evaluate, longest_prompt  # noqa: E402
 from plumbing.surroundings import settle  # noqa: E402
@@ -117,7 +117,7 @@ def load_causal(
         if not Path(name).is_dir() and (name.count("/") != 1 or name[0] in "./~"):
             refuse(f"unknown model {name!r}: use a transformers folder, a hub id, or a .gguf file")
         where, options = locate(name, revision), {"revision": revision or "main"}
-    try:
+    with refused(f"{name} cannot be loaded"):
         raw = PreTrainedConfig.get_config_dict(where, **options)[0] if gguf else raw_config(
             name, where, revision)
         kind = raw.get("model_type")
@@ -137,8 +137,6 @@ def load_causal(
         network.hf_quantizer = None  # a GGUF file's codes are plain numbers by now
         network.config.__dict__.pop("quantization_config", None)
         check_weights(name, network, report, where)
-    except Exception as error:  # of any kind, see models.load_model
-        refuse(f"{name} cannot be loaded: {one_line(error)}")
     return network, tokenizer
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 
 import tasks
+from plumbing.folder import pipes
 from plumbing.parallel import one_line, refuse
 
 
@@ -131,11 +132,11 @@ def saved_settings(Args: type, method: str, folder: str) -> dict:
         refuse(f"{file} cannot be read: {one_line(error)}")
     if made_by != method:
         refuse(f"{folder} is a run of another method: resume it with the script that made it")
-    kinds = typing.get_type_hints(Args) | typing.get_type_hints(Flags) | {"saved": int, "fingerprints": dict}
+    kinds = typing.get_type_hints(Args) | typing.get_type_hints(Flags) | {
+        "saved": int, "fingerprints": dict[Literal[FILES], str]}
     if saved.keys() != kinds.keys():
         refuse(f"{file} cannot be read: it lacks or has too many of {sorted(saved.keys() ^ kinds.keys())}")
-    wrong = [k for k, v in saved.items() if not is_of(v, kinds[k])
-             or k == "fingerprints" and not all(name in FILES and is_of(v[name], str) for name in v)]
+    wrong = [k for k, v in saved.items() if not is_of(v, kinds[k])]
     if wrong:
         refuse(f"{file} cannot be read: {', '.join(f'{k} is {saved[k]!r:.80}' for k in wrong)}")
     return saved | {"resume": folder, "shard": False}  # there may be another number of processes now
@@ -150,6 +151,8 @@ def is_of(value, kind) -> bool:
         return value in parts
     if typing.get_origin(kind) is tuple:
         return type(value) is tuple and len(value) == len(parts) and all(map(is_of, value, parts))
+    if typing.get_origin(kind) is dict:
+        return type(value) is dict and all(all(map(is_of, pair, parts)) for pair in value.items())
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
@@ -230,8 +233,8 @@ def check_out(settings: SimpleNamespace):
     if (out / "args.json").exists() and not settings.resume:
         other = "evaluate it with --resume" if settings.eval_only else go_on
         refuse(f"{out} exists and holds a run: {other}, or choose another --out")
-    if pipes := [file for file in out.glob("*") if file.is_fifo()]:
-        refuse(f"{pipes[0]} is no file")  # to read or write it would wait, perhaps for ever
+    if found := pipes(out):
+        refuse(f"{found[0]} is no file")
     free = settings.resume or not os.path.lexists(out) or out.is_dir() and settings.eval_only
     if not free and not (out.is_dir() and set(os.listdir(out)) <= {"lost+found"}):  # of a mounted volume
         refuse(f"{out} exists and holds no run to go on with: choose another --out")

@@ -18,7 +18,12 @@ from typing import BinaryIO
 import torch
 
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")  # what loading a model reads
-SHOWN = ("accuracy", "reward", "parse_fail", "nfe_per_row")  # of an evaluation
+MEASURED = ("accuracy", "reward", "parse_fail", "nfe_per_row")  # of an evaluation
+
+
+def pipes(folder: Path) -> list[Path]:
+    """What is in a folder that is no file: to open it would wait for another process, perhaps for ever."""
+    return [file for file in folder.glob("*") if file.is_fifo()]
 
 
 def hold(folder: Path) -> int:
@@ -84,7 +89,7 @@ def read_lines(data: bytes) -> list[dict]:
                    for value in line.values()):
             raise ValueError(f"line {number} holds what is no number")
         for kind in ("eval", "threshold"):  # of what the table and the curve show
-            if f"{kind}_accuracy" in line and None in map(line.get, (f"{kind}_{name}" for name in SHOWN)):
+            if f"{kind}_accuracy" in line and None in map(line.get, (f"{kind}_{name}" for name in MEASURED)):
                 raise ValueError(f"line {number} is not a whole evaluation")
         lines.append(line)
     return lines

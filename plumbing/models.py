@@ -47,7 +47,8 @@ from transformers.utils import logging as transformers_logging
 
 from common import LOGITS, Denoiser, chat_prompt
 from plumbing import parallel
-from plumbing.parallel import one_line, refuse
+from plumbing.folder import pipes
+from plumbing.parallel import one_line, refuse, refused
 
 transformers_logging.disable_progress_bar()  # one bar at a time: ours
 transformers_logging.set_verbosity_error()  # what it would warn of, load_model refuses
@@ -185,8 +186,8 @@ def check_stored(name: str, where: str, config: PreTrainedConfig):
 def raw_config(name: str, where: str, revision: str | None) -> dict:
     """config.json of a folder or hub id, as it is. Refuses an adapter, a pipe, and NaN."""
     refuse_adapter(name, where, revision)
-    if pipes := [str(file) for file in Path(where).glob("*") if file.is_fifo()]:  # nobody may fill it
-        refuse(f"{name} holds what is no file: {pipes[0]}")
+    if found := pipes(Path(where)):
+        refuse(f"{name} holds what is no file: {found[0]}")
     if Path(where).is_dir() and not Path(where, "config.json").exists():  # the folder around that of a model
         refuse(f"{name} has no config.json: a model is the folder that holds one, such as model/ of a run")
     raw, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
@@ -209,7 +210,7 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         refuse(f"unknown model {name!r}: use 'tiny', a transformers folder, or a hub id such as "
                "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1")
     where = locate(name, revision)
-    try:
+    with refused(f"{name} cannot be loaded"):
         raw = raw_config(name, where, revision)
         kind = raw.get("model_type")
         if kind not in STOCK and kind not in KINDS:
@@ -233,8 +234,6 @@ def read_config(name: str, revision: str | None) -> tuple[str, dict, PreTrainedC
         config.logits_shift = raw.get("logits_shift", kind == "Dream")  # saved with the model
         assert type(config.logits_shift) is bool, f"logits_shift {config.logits_shift!r}"
         check_stored(name, where, config)
-    except Exception as error:  # transformers checks types with its own, and torch numbers with bare ones
-        refuse(f"{name} cannot be loaded: {one_line(error)}")
     return kind, raw, config
 
 
@@ -278,7 +277,8 @@ def load_model(
     Refuses (exit 2) what is no masked diffusion model, lacks a weight or has one too many, or is causal."""
     kind, raw, config = read_config(name, revision)
     where, hub = locate(name, revision), {"revision": revision or "main"}
-    try:  # Dream's own tokenizer class is remote code over Qwen2's files
+    with refused(f"{name} cannot be loaded"):
+        # Dream's own tokenizer class is remote code over Qwen2's files
         tokenizer_class = Qwen2Tokenizer if kind == "Dream" else PreTrainedTokenizerFast
         tokenizer = tokenizer_class.from_pretrained(where, **hub)
         ids = read_ids(name, raw, tokenizer, config.vocab_size, mask_id)
@@ -295,10 +295,6 @@ def load_model(
         if not is_bidirectional(model):
             refuse(f"{name} is causal: a masked position does not see the tokens after it")
         model.bf16 = bf16_on_this_cpu(count(network))
-    except BaseException as error:  # of any kind: tokenizers raises bare ones, and those of Rust
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        refuse(f"{name} cannot be loaded: {one_line(error)}")
     network.config.mask_token_id = ids[0]
     network.generation_config = GenerationConfig()  # theirs is for generate(), and Dream's cannot be saved
     tokenizer.init_kwargs.pop("auto_map", None)  # names a file that is not saved
@@ -387,16 +383,16 @@ def check_prompts(name: str, model: Denoiser, reads_words: bool):
 
 def check_weights(name: str, network: PreTrainedModel, report: dict, folder: str):
     """from_pretrained draws a missing matrix at random, and takes codes of int8 or fp8 for the weights."""
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    for file in files:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 if (stored := tensors.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
                     refuse(f"{name} holds no weights but codes of a quantised model: {key} is {stored}")
-    if not list(Path(folder).glob("*.safetensors")):
-        for file in sorted(Path(folder).glob("pytorch_model*.bin")):
-            for key, stored in torch.load(file, map_location="meta", weights_only=True).items():
-                if not stored.is_floating_point() or stored.dtype.itemsize < 2:
-                    refuse(f"{name} holds no weights but codes of a quantised model: {key} is {stored.dtype}")
+    for file in [] if files else sorted(Path(folder).glob("pytorch_model*.bin")):
+        for key, stored in torch.load(file, map_location="meta", weights_only=True).items():
+            if not stored.is_floating_point() or stored.dtype.itemsize < 2:
+                refuse(f"{name} holds no weights but codes of a quantised model: {key} is {stored.dtype}")
     wrong = {k: sorted(map(str, v))[:4] for k, v in report.items() if v}
     if wrong:
         refuse(f"{name} does not hold the weights of its config.json: {wrong}")

@@ -90,8 +90,20 @@ def refuse(message: str):
     raise SystemExit(2)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Refuse, "`what`: the error", whatever is raised inside. Libraries raise errors of any kind there: bare
+    ones, and the panics of Rust, which are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        refuse(f"{what}: {one_line(error)}")
 
 
 def gather(items: list) -> list:

@@ -32,7 +32,7 @@ from common import Denoiser, Run, Task, attention, chat_prompt, encode, reward_r
 from plumbing import parallel
 from plumbing.flags import parse_args, reads_data
 from plumbing.folder import fingerprint, hold, load_checked, read_lines, write_through, write_whole
-from plumbing.parallel import one_line, refuse
+from plumbing.parallel import one_line, refuse, refused
 from plumbing.report import SHOWN, comparable, plot, print_report, trace
 from plumbing.surroundings import settle
 
@@ -139,17 +139,13 @@ def longest_prompt(model: Denoiser, texts: list[str]) -> int:
 
     Refuses a text that the tokenizer has no tokens for."""
     longest = 0
-    try:
-        for first in range(0, len(texts), 1024):  # at once, in its threads: 1.5 s for all of gsm8k
-            part = texts[first : first + 1024]
+    for first in range(0, len(texts), 1024):  # at once, in its threads: 1.5 s for all of gsm8k
+        part = texts[first : first + 1024]
+        rows = f"a prompt between row {first + 1} and {first + len(part)}"
+        with refused(f"{rows} cannot be read by the model"):
             if model.tokenizer.chat_template:
                 part = [chat_prompt(model, text) for text in part]
             longest = max(longest, *map(len, model.tokenizer(part, add_special_tokens=False)["input_ids"]))
-    except BaseException as error:  # of any kind: tokenizers raises bare ones, and those of Rust
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        refuse(f"a prompt between row {first + 1} and {first + len(part)} cannot be read by the model: "
-               f"{one_line(error)}")
     return longest
 
 
@@ -197,9 +193,10 @@ def keep_answers(
         "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
         "torch": torch.__version__, "commit": git_commit(), "args": vars(settings), "answers": answers}
     file = Path(settings.out) / "evals.jsonl"
-    cut_off = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # by a kill, or a full disk
-    with open(file, "a") as opened:
-        opened.write("\n" * cut_off + json.dumps(line) + "\n")
+    with open(file, "ab+") as opened:  # at its end
+        opened.seek(max(0, opened.tell() - 1))
+        cut_off = opened.read() not in (b"", b"\n")  # by a kill, or a full disk
+        opened.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
 
 
 def evaluate_only(settings: SimpleNamespace, model: Denoiser, task: Task) -> float:

@@ -195,8 +195,9 @@ def check_reward(recipe: Recipe, rows: list[dict], name: str):
     known = ((row, answer) for row in rows[:20] if (answer := recipe.right(row)) is not None)
     row, answer = next(known, (rows[0], None))
     try:
-        found = recipe.reward("" if answer is None else answer, row)
-        recipe.draw("" if answer is None else answer, row)
+        text = "" if answer is None else answer
+        found = recipe.reward(text, row)
+        recipe.draw(text, row)
     except RuntimeError as error:
         raise ValueError(textwrap.shorten(f"{name}: {error}", 300)) from error
     if answer is not None and found[1]["correct"] != 1:

@@ -111,7 +111,7 @@ def reading(text: str, symbols: frozenset[str] | None = None) -> Reading:
         return Reading("", None, "", "other", (), "", frozenset())
     tokens = both_signs(numbers_exact(tokens))
     letters = frozenset(c for token in tokens if token.isalpha() and token not in FUNCTIONS for c in token)
-    if {"<", ">", "\\le", "\\ge", "\\ne"} & set(tokens):  # x < 2 \cup x > 3
+    if (RELATIONS - {"\\in"}) & set(tokens):  # x < 2 \cup x > 3
         tokens = ["or" if token == "\\cup" else token for token in tokens]
     joint, parts = divided(tokens)
     if joint == "or" and all(kind_of(part) in ("pair", "interval", "union", "set") for part in parts):

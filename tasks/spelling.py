@@ -335,9 +335,8 @@ def quantity(tokens: list[str], letters: bool = True, counted: str = "") -> Frac
 
 def opened(tokens: list[str]) -> list[str]:
     r"""The tokens with those of every \text{} that holds a digit: \text{18 apples}."""
-    mixed = [token.startswith("\\text{") and re.search("[0-9]", token) for token in tokens]
-    return [part for token, split in zip(tokens, mixed, strict=True)
-            for part in (TOKEN.findall(in_text(token)) if split else [token])]
+    return [part for token in tokens for part in (
+        TOKEN.findall(in_text(token)) if re.search("[0-9]", in_text(token)) else [token])]
 
 
 def prefix(tokens: list[str], i: int) -> bool:

@@ -300,3 +300,15 @@ def test_help():
     with pytest.raises(SystemExit) as stopped:
         a2d.tyro.cli(a2d.Settings, args=["--help"])
     assert stopped.value.code == 0
+
+
+def test_a_panic_of_the_tokenizer_ends_in_one_line(tmp_path, capfd):
+    """As in load_model: it is no Exception. Rust itself says where it was, before."""
+    file = causal(tmp_path / "causal") / "tokenizer.json"
+    junk = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | junk))
+    with pytest.raises(SystemExit) as stop:
+        a2d.load_causal(str(file.parent), None)
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in said
+    assert re.match(f"error: {file.parent} cannot be loaded: PanicException", said.splitlines()[-1])

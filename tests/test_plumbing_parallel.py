@@ -63,17 +63,16 @@ def ranks(jobs: list, count: int = 0):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     """All runs: folders MODE-METHOD-PROCESSES."""
-    out, alone, by_count = tmp_path_factory.mktemp("runs"), [], {}
+    out, alone, by_count = tmp_path_factory.mktemp("runs"), [], {count: [] for count in NODES}
     models.save_model(sharp_model(eos=2.0), out / "modernbert")
     for layout in ("a2d-qwen3", "dream"):
         checkpoints.write(layout, out / layout)
     for method, (layout, flags) in CASES.items():
         argv = ["--model", str(out / layout), *SMALL, *flags.split()]
         alone.append(("alone", method, [*argv, "--out", str(out / f"alone-{method}-1")]))
-        for count, mode, of in RUNS:
-            if of == method:
-                run = (mode, method, [*argv, "--out", str(out / f"{mode}-{method}-{count}")])
-                by_count.setdefault(count, []).append(run)
+    for count, mode, method in RUNS:
+        argv = alone[list(CASES).index(method)][2][:-1]
+        by_count[count].append((mode, method, [*argv, str(out / f"{mode}-{method}-{count}")]))
     for mode, method in (("averaged", "egspo"), ("own scores", "gdsd"), ("not finite", "wd1")):
         by_count[2] += [(mode, method, [*alone[list(CASES).index(method)][2][:-1], str(out / f"{mode}-2")])]
     for mode, method in BF16:
