@@ -26,6 +26,8 @@ from math import isfinite  # not math, which is a task of this folder
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from common import Task
 
 
@@ -55,7 +57,8 @@ def find(name: str) -> ModuleType:
         return importlib.import_module(f"tasks.{name}")
     try:
         check_is_file(name)
-        module = imported(Path(name).resolve(strict=True))
+        with left_as_found():
+            module = imported(Path(name).resolve(strict=True))
     except (Exception, SystemExit) as error:  # it may hold anything
         raise ValueError(textwrap.shorten(f"cannot load {name}: {type(error).__name__}: {error}",
                                           300)) from error
@@ -161,10 +164,24 @@ def guarded(function: Callable, name: str, what: str, form: Callable) -> Callabl
     raises. It gets a copy of the row: what it wrote there, a resumed run would not know."""
     def call(text: str, row: dict):
         try:
-            return form(function(text, copy.deepcopy(row)))
+            with left_as_found():
+                return form(function(text, copy.deepcopy(row)))
         except (Exception, SystemExit) as error:
             raise OwnError(where_it_fell(name, error, what)) from error
     return call
+
+
+@contextlib.contextmanager
+def left_as_found():
+    """Code of one's own may leave another working directory, torch without gradients (a reward model does)
+    or another default dtype behind; the run, its folder and its update need theirs."""
+    here, dtype = os.getcwd(), torch.get_default_dtype()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        os.chdir(here)
+        torch.set_default_dtype(dtype)
 
 
 def reward_form() -> Callable:

@@ -1,6 +1,7 @@
 """Rows and where they come from: files, rows from which nothing can be learned, a right answer before
 anything costly, and tasks of one's own."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,11 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 from test_tasks_real import HUMANEVAL, MBPP, write
 
 import tasks
-from tasks import load
+from tasks import OwnError, load
 
 QUESTIONS = [{"question": f"What is {i}?", "answer": str(i)} for i in range(300)]
 
@@ -220,3 +222,30 @@ TASK = Recipe(lambda raw: {"prompt": "?", **raw}, reward, lambda text, row: [str
     task = load(str(tmp_path / "mine.py"), chat=True, test_data=data, train=False)
     for _ in range(3):
         assert task.reward("", task.test[0])[0] == 1.0 and task.draw("", task.test[0]) == ["3"]
+
+
+@pytest.mark.parametrize("where", ["at import", "in the reward", "in the reward, which then falls"])
+def test_a_task_of_ones_own_leaves_the_process_as_it_was(tmp_path, where):
+    """Working directory, gradients, default dtype: a run's folder may be relative, its update needs both."""
+    at_import, fall = "change()" if where == "at import" else "", " / 0" if "falls" in where else ""
+    (tmp_path / "mine.py").write_text(f"""import os, tempfile, torch
+from tasks import Recipe
+def change():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # and it is gone afterwards
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float16)
+{at_import}
+def reward(text, row):
+    if text and not {bool(at_import)}:
+        change()
+        1{fall}
+    return 0.0, {{"correct": 0.0, "parse_fail": 0.0}}
+TASK = Recipe(lambda raw: {{"prompt": "?"}}, reward)""")
+    before = os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype()
+    data = write(tmp_path / "rows.json", [{}])
+    task = load(str(tmp_path / "mine.py"), chat=True, test_data=data, train=False)
+    assert (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype()) == before
+    with pytest.raises(OwnError) if fall else contextlib.nullcontext():
+        task.reward("1", task.test[0])
+    assert (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype()) == before
