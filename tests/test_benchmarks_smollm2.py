@@ -25,7 +25,10 @@ def calls(tmp_path, monkeypatch) -> list[tuple]:
         update = dict.fromkeys(counted, 1) | {"update": 5, "seconds": 120}
         lines = [{"update": 0, "eval_accuracy": 0.25}, update, {"update": 5, "eval_accuracy": 0.5}]
         (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        (out / "evals.jsonl").write_text(json.dumps(dict(answers=[["7", 1.0]], rows=1, torch="", args={})))
+        share = 0.2 if out.name == "base-eval" else 0.6
+        rows = int(words[words.index("--eval_rows") + 1])
+        (out / "evals.jsonl").write_text(json.dumps(
+            dict(answers=[["7", 1.0]], rows=rows, torch="", args={}, eval_accuracy=share)))
 
     monkeypatch.setattr(smollm2, "call", call)
     monkeypatch.setattr(smollm2, "RESULTS", tmp_path / "smollm2.jsonl")
@@ -40,16 +43,18 @@ def calls(tmp_path, monkeypatch) -> list[tuple]:
 def test_what_is_missing_is_made_once(calls, tmp_path):
     args = smollm2.Args(out=str(tmp_path / "out"), methods="EGSPO-SA,GDSD", minutes=2)
     smollm2.main(args)
-    base, first, second = calls
+    base, *runs = calls
     assert base[0] == "plumbing/a2d.py" and str(tmp_path / "package" / "model.gguf") in base
-    assert (first[0], second[0]) == ("egspo.py", "gdsd.py")
+    assert [call[0] for call in runs] == ["egspo.py"] * 3 + ["gdsd.py"] * 2
+    assert ["--eval_only" in call for call in runs] == [False, True, True, False, True]
     rows = smollm2.finished()
+    assert {(row["before"], row["after"], row["rows"]) for row in rows} == {(0.2, 0.6, 512)}
     assert [row["curve"] for row in rows] == [[[0, 0, 0, 0.25], [5, 120, 2, 0.5]]] * 2
     assert [row["method"] for row in rows] == ["EGSPO-SA", "GDSD"] and (tmp_path / "smollm2.png").exists()
     smollm2.main(args)
-    assert len(calls) == 3  # nothing again
+    assert len(calls) == 6  # nothing again
     smollm2.main(smollm2.Args(out=args.out, methods="GDSD", minutes=5))  # longer: goes on for the rest
-    script, *words = calls[3]
+    script, *words = calls[6]
     assert script == "gdsd.py" and "--resume" in words and float(words[words.index("--minutes") + 1]) == 3
 
 
