@@ -90,12 +90,12 @@ def load(
 ) -> Task:
     """The task `name`. `chat`: has the model a chat template? Without one a task needs a TINY.
 
-    `data` is a local training file in place of the published rows, `test_data` a held-out one. With `data`
-    alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out. Training rows whose
-    key is held out are dropped: a published training set contains half of its test set. With train=False
-    there are no training rows. held_out="validation": rows to stop a base by and to tune on; of a task
-    without such rows, the last 1024 keys of "train". Raises ValueError, in one line, for what cannot be
-    used."""
+    `data` is a local training file in place of the published rows, `test_data` a held-out one. Where there is
+    "train" alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out, without
+    `data` 1024 at most. Training rows whose key is held out are dropped: a published training set contains half of
+    its test set. With train=False there are no training rows. held_out="validation": rows to stop a base by
+    and to tune on, of a task without such rows part of "train" as above. Raises ValueError, in one line, for
+    what cannot be used."""
     module = find(name)
     if not chat and not hasattr(module, "TINY"):
         raise ValueError(f"{name} needs a model with a chat template")
@@ -131,7 +131,8 @@ def load_recipe(
         held = set(map(recipe.key, test))
     else:
         keys = list(dict.fromkeys(map(recipe.key, rows)))
-        held = set(keys[-max(1, len(keys) // 10) :] if data else keys[-1024:])
+        tenth = max(1, len(keys) // 10)
+        held = set(keys[-(tenth if data else min(1024, tenth)) :])
     kept = [row for row in rows if recipe.key(row) not in held]
     if test and len(kept) < len(rows):
         print(f"{name}: {len(rows) - len(kept)} of {len(rows)} training rows dropped, they are held out")

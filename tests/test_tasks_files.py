@@ -249,3 +249,19 @@ TASK = Recipe(lambda raw: {{"prompt": "?"}}, reward)""")
     with pytest.raises(OwnError) if fall else contextlib.nullcontext():
         task.reward("1", task.test[0])
     assert (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype()) == before
+
+
+@pytest.mark.parametrize("questions, held", [
+    (1, None), (2, 1), (9, 1), (300, 30), (10240, 1024), (12000, 1024)])
+def test_of_a_source_without_held_out_rows_a_tenth_is_held_out_and_1024_at_most(tmp_path, questions, held):
+    (tmp_path / "mine.py").write_text(f"""from tasks import Recipe
+TASK = Recipe(lambda raw: {{"prompt": str(raw["n"])}},
+              lambda text, row: (0.0, {{"correct": 0, "parse_fail": 0}}),
+              sources={{"train": lambda: [{{"n": n}} for n in range({questions})]}})""")
+    if held is None:
+        with pytest.raises(ValueError, match="no training rows are left"):
+            load(str(tmp_path / "mine.py"), chat=True)
+    else:
+        task = load(str(tmp_path / "mine.py"), chat=True)
+        assert (len(task.train), len(task.test)) == (questions - held, held)
+        assert {row["prompt"] for row in task.test} == set(map(str, range(questions - held, questions)))
