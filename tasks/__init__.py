@@ -91,11 +91,11 @@ def load(
     """The task `name`. `chat`: has the model a chat template? Without one a task needs a TINY.
 
     `data` is a local training file in place of the published rows, `test_data` a held-out one. Where there is
-    "train" alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out, without
-    `data` 1024 at most. Training rows whose key is held out are dropped: a published training set contains half of
-    its test set. With train=False there are no training rows. held_out="validation": rows to stop a base by
-    and to tune on, of a task without such rows part of "train" as above. Raises ValueError, in one line, for
-    what cannot be used."""
+    "train" alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out; without
+    `data` 1024 keys at most. Training rows whose key is held out are dropped: a published training set contains
+    half of its test set. With train=False there are no training rows. held_out="validation": rows to stop a
+    base by and to tune on; of a task without such rows, those that "train" alone would hold out. Raises
+    ValueError, in one line, for what cannot be used."""
     module = find(name)
     if not chat and not hasattr(module, "TINY"):
         raise ValueError(f"{name} needs a model with a chat template")
