@@ -92,7 +92,7 @@ def load(
 
     `data` is a local training file in place of the published rows, `test_data` a held-out one. Where there is
     "train" alone, the last tenth of its distinct keys (questions; Sudoku: solutions) is held out; without
-    `data` 1024 keys at most. Training rows whose key is held out are dropped: a published training set contains
+    `data` 1024 keys at most. Training rows whose key is held out are dropped: a published training set holds
     half of its test set. With train=False there are no training rows. held_out="validation": rows to stop a
     base by and to tune on; of a task without such rows, those that "train" alone would hold out. Raises
     ValueError, in one line, for what cannot be used."""
