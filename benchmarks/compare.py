@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +51,12 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; o
     "wd1++": ["--positive_only", "--y greedy", "--order confidence"],
     "GDSD": ["--psi 0.2", "--psi 2", "--num_mc 2", "--passes 2", "--weights elbo", "--order top_prob"],
 }
-LONG = {  # ten times the default updates (wd1++ twenty), on one base
-    "EGSPO-SA": 1600, "RLDF": 1000, "wd1": 850, "wd1++": 2000, "GDSD": 320, "diffu-GRPO": 750, "ESPO": 120,
-    "JustGRPO": 280}
+LONG = {  # ten times the default updates (wd1++ twenty) or more, on one base; evaluations take their time
+    "EGSPO-SA": "--updates 1600 --eval_every 80", "RLDF": "--updates 1000 --eval_every 50",
+    "wd1": "--updates 850 --eval_every 42", "wd1++": "--lr 2e-4 --updates 2000 --eval_every 100",
+    "GDSD": "--lr 5e-5 --updates 320 --eval_every 16",  # at its default rate it falls again after 50
+    "diffu-GRPO": "--updates 750 --eval_every 37", "ESPO": "--updates 120 --eval_every 10",
+    "JustGRPO": "--updates 280 --eval_every 14"}
 WHEN = {  # which to take when, for the README
     "EGSPO": "if guesses cannot be rewarded", "EGSPO-SA": "first", "RLDF": "to decode adaptively",
     "wd1": "for the cheapest update", "wd1++": "for the quickest start; no ratio, no clip",
@@ -101,14 +103,9 @@ def commands(args: Args) -> list[str]:
                 found += [command_of(method, "sudoku", base, seed, change)
                           for method, changes in ABLATIONS.items() for change in changes]
     if args.study in ("long", "all") and "sudoku" in tasks:
-        found += [command_of(method, "sudoku", 0, seed, long_change(method))
-                  for seed in (1, 2, 3) for method in LONG]
+        found += [command_of(method, "sudoku", 0, seed, change)
+                  for seed in (1, 2, 3) for method, change in LONG.items()]
     return found
-
-
-def long_change(method: str) -> str:
-    """What makes a long run of a method's command: evaluations are rare, since they take their time."""
-    return f"--updates {LONG[method]} --eval_every {max(10, LONG[method] // 20)}"
 
 
 def base_of(command: str) -> Path:
@@ -270,8 +267,8 @@ def every_table() -> dict[str, str]:
     changed = [(method, change, runs) for method, changes in ABLATIONS.items() for change in ["", *changes]
                if (runs := ablation_runs(there, method, change))]
     bases = max((len(runs) for _, _, runs in changed), default=0)
-    long = [there[c] for seed in (1, 2, 3) for method in LONG
-            if (c := command_of(method, "sudoku", 0, seed, long_change(method))) in there]
+    long = [there[c] for method, change in LONG.items() for seed in (1, 2, 3)
+            if (c := command_of(method, "sudoku", 0, seed, change)) in there]
     return {
         "bases": tables.bases_table(configs),
         "main": tables.main_table(main, known, WHEN),
@@ -287,10 +284,9 @@ def every_table() -> dict[str, str]:
     }
 
 
-def curves(there: dict[str, dict], task: str, change: Callable[[str], str]) -> dict[str, np.ndarray]:
-    """The curve of every finished run of each method: (runs, points, 4)."""
-    found = {method: sum(runs_of(there, method, task, change(method)), []) for method in MAIN
-             if method in LONG or not change(method)}
+def curves(there: dict[str, dict], task: str, changes: dict[str, str]) -> dict[str, np.ndarray]:
+    """The curve of every finished run of each of these methods, with its change: (runs, points, 4)."""
+    found = {method: sum(runs_of(there, method, task, change), []) for method, change in changes.items()}
     return {method: np.array([row["curve"] for row in rows]) for method, rows in found.items()}
 
 
@@ -299,9 +295,9 @@ def report():
     made, there = every_table(), finished()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
         file.write_text(tables.fill(file.read_text(), made))
-    plot_methods({task: curves(there, task, lambda method: "") for task in TINY},
+    plot_methods({task: curves(there, task, dict.fromkeys(MAIN, "")) for task in TINY},
                  ROOT / "results" / "methods.png")
-    long = curves(there, "sudoku", lambda method: long_change(method) if method in LONG else "-")
+    long = curves(there, "sudoku", LONG)
     if any(map(len, long.values())):
         plot_methods({"sudoku": long}, ROOT / "results" / "long.png")
 
