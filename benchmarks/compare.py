@@ -53,8 +53,9 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; o
 }
 LONG = {  # ten times the default updates (wd1++ twenty) or more, on one base; evaluations take their time
     "EGSPO-SA": "--updates 1600 --eval_every 80", "RLDF": "--updates 1000 --eval_every 50",
-    "wd1": "--updates 850 --eval_every 42", "wd1++": "--lr 2e-4 --updates 2000 --eval_every 100",
-    "GDSD": "--lr 5e-5 --updates 320 --eval_every 16",  # at its default rate it falls again after 50
+    "wd1++": "--lr 2e-4 --updates 2000 --eval_every 100",
+    # a quarter of their default rates, at which both fall again
+    "wd1": "--lr 7.5e-6 --updates 850 --eval_every 42", "GDSD": "--lr 5e-5 --updates 320 --eval_every 16",
     "diffu-GRPO": "--updates 750 --eval_every 37", "ESPO": "--updates 120 --eval_every 10",
     "JustGRPO": "--updates 280 --eval_every 14"}
 WHEN = {  # which to take when, for the README
