@@ -58,14 +58,15 @@ TRIED = {
         (16, 16, 4, "1e-4", 1, "top_prob", "--match tlc"), (16, 16, 4, "2e-4", 1, "top_prob", "--match tlc"),
         (32, 8, 4, "1e-4", 0.2, "top_prob"), (32, 8, 8, "2e-4", 1, "top_prob"),
         (32, 8, 8, "2e-4", 0.625, "confidence"), (32, 8, 8, "3e-4", 0.625, "confidence"),
-        (64, 8, 16, "2e-4", 0.625, "confidence"), (32, 8, 8, "2e-4", 0.625, "confidence", "--match tlc"))],
+        (64, 8, 16, "2e-4", 0.625, "confidence"), (32, 8, 8, "2e-4", 0.625, "confidence", "--match tlc"))] + [
+        "gdsd.py", "gdsd.py --betas 0.9 0.999"],
     # The weakest base: what a method lacks shows there.
     "sudoku-1": [
         *around("egspo.py", 16, 16, 1e-4, (32, 8)), *around("rldf.py", 32, 16, 2e-4, (32, 8)),
         *around("wd1.py", 32, 8, 3e-5, (16, 16)), *around("wd1.py --plusplus", 16, 8, 2e-4, (32, 8)),
         *around("gdsd.py", 32, 8, 2e-4, (16, 16)), *around("baselines/diffu_grpo.py", 32, 8, 3e-5, (16, 16)),
         *around("baselines/espo.py", 32, 8, 1e-4, (16, 16)),
-        *around("baselines/just_grpo.py", 16, 16, 1e-4, (32, 8))],
+        *around("baselines/just_grpo.py", 16, 16, 1e-4, (32, 8)), "wd1.py --lr 1e-5"],
     "countdown-0": [*ORDERS, *PLUSPLUS, f"{PLUSPLUS[0]} --lr 1e-4"] + [gdsd(*setting) for setting in (
         (16, 8, 2, "2e-4", 1, "confidence"), (16, 8, 2, "2e-4", 1, "top_prob"),
         (16, 8, 2, "2e-4", 1.25, "confidence"), (32, 8, 4, "2e-4", 0.625, "confidence"),
