@@ -69,7 +69,7 @@ class Args:
     # The optimizer, AdamW.
     passes: int = 1  # mu, passes per rollout (paper: 8; Dream Sudoku 1)
     minibatches: int = 8  # optimizer steps per pass, each on whole groups (paper: 1)
-    lr: float = 2e-4  # learning rate; 5e-5 for runs of some 100 updates (paper: 3e-6; MATH 1e-5)
+    lr: float = 2e-4  # learning rate; 5e-5 for hundreds of updates (paper: 3e-6; MATH 1e-5)
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two moments (paper: the same)
     weight_decay: float = 0.01  # (paper: 0.01)
     warmup: int = 0  # optimizer steps until the learning rate is whole (released: 1e-3 of the run)

@@ -279,6 +279,7 @@ def every_table() -> dict[str, str]:
         "ablations": tables.ablation_table(changed, known["sudoku"][:bases]),
         **{f"tuning {name}": tables.tuning_table(tried, configs[name]["knows"]["validation_one_token"])
            for name in configs if (tried := tuned.get(digest(BASES / name)))},
+        "smollm2": tables.smollm2_table(lines("smollm2.jsonl")),
         "tree": tables.tree_table(lines("tree.jsonl")),
         "nats": tables.nats_table(lines("tree.jsonl")),
         "gradients": tables.gradients_table(lines("gradients.jsonl")),

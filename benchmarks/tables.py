@@ -209,6 +209,22 @@ def tuning_table(lines: list[dict], known: float) -> str:
     return table(["command", "solved, % (updates)"], rows)
 
 
+def smollm2_table(lines: list[dict]) -> str:
+    """The runs of benchmarks/smollm2.py, the best method first: more rows are evaluated at its two ends than
+    on its way."""
+    best = {}
+    for line in lines:
+        best[line["method"]] = max(line["after"], best.get(line["method"], 0.0))
+    rows = [[line["method"], str(line["seed"]), str(line["curve"][-1][0]),
+             f"{percent(line['before'])} → **{percent(line['after'])}**",
+             ", ".join(percent(share) for _, _, _, share in line["curve"]), forwards([line]),
+             f"{100 * line['equal_groups']:.0f} %, {line['entropy']:.2f}"]
+            for line in sorted(lines, key=lambda line: (-best[line["method"]], line["method"], line["seed"]))]
+    return table(["method", "seed", "updates", f"solved, % of {lines[0]['rows']} held-out rows",
+                  "on the way, of fewer rows, %",
+                  "k forwards run / counted by the papers", "at the end: equal groups, entropy, nats"], rows)
+
+
 def tree_table(lines: list[dict]) -> str:
     """Without and with sharing."""
     rows = [[line["method"], line["from"], f"{100 * line['equal_groups']:.0f} %",
