@@ -134,9 +134,10 @@ def finished() -> list[dict]:
 
 
 def draw():
-    """results/smollm2.png: the newest base's runs."""
-    runs = [row for row in finished() if row["base"] == finished()[-1]["base"]]
-    curves = {method: [row["curve"] for row in runs if row["method"] == method] for method in METHODS}
+    """results/smollm2.png: the newest base's runs; of one that went on, all of it."""
+    rows = finished()
+    runs = {(row["method"], row["seed"]): row["curve"] for row in rows if row["base"] == rows[-1]["base"]}
+    curves = {method: [curve for (of, _), curve in runs.items() if of == method] for method in METHODS}
     points = {method: min(map(len, found)) for method, found in curves.items() if found}
     plot_methods({"word problems": {method: np.array([curve[:n] for curve in curves[method]])
                                     for method, n in points.items()}}, RESULTS.with_suffix(".png"))
