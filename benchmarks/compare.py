@@ -60,7 +60,8 @@ LONG = {  # ten times the default updates (wd1++ twenty) or more, on one base; e
     "JustGRPO": "--updates 280 --eval_every 14"}
 WHEN = {  # which to take when, for the README
     "EGSPO": "if guesses cannot be rewarded", "EGSPO-SA": "first", "RLDF": "to decode adaptively",
-    "wd1": "for the cheapest update", "wd1++": "for the quickest start; no ratio, no clip",
+    "wd1": "for the simplest likelihood: one step from an empty canvas",
+    "wd1++": "for the quickest start on Sudoku; no ratio, no clip",
     "GDSD": "to see regression in place of policy gradients", "GDSD-TLC": "to see it without a softmax",
     "diffu-GRPO": "as a baseline: d1", "ESPO": "as a baseline: sequence-level ratio",
     "JustGRPO": "as a baseline: left to right",

@@ -6,6 +6,7 @@ solved share.
 """
 
 import functools
+import itertools
 import re
 import statistics
 
@@ -256,8 +257,14 @@ def gradients_table(lines: list[dict]) -> str:
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """The text with what stands between <!-- name --> and <!-- end --> made anew."""
+    """The text with what stands between <!-- name --> and <!-- end --> made anew. ValueError unless an end
+    follows each name: what stands between two names would be lost."""
+    marks = re.findall(r"^<!-- (.*) -->$", text, re.MULTILINE)
+    for name, end in itertools.zip_longest(marks[::2], marks[1::2]):
+        if name == "end" or end != "end":
+            raise ValueError(f"<!-- {name} --> is followed by <!-- {end} -->, not by <!-- end -->")
+
     def anew(found: re.Match) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]}\n<!-- end -->"
 
-    return re.sub(r"<!-- ([\w -]+) -->\n.*?\n<!-- end -->", anew, text, flags=re.DOTALL)
+    return re.sub(r"^<!-- (.*) -->\n(?:(?!<!-- end -->$).*\n)*<!-- end -->$", anew, text, flags=re.MULTILINE)

@@ -29,6 +29,7 @@ RESULTS = ROOT / "results" / "tuning.jsonl"
 SECONDS = 60
 ORDERS = [f"{script} --order {order}" for script in ("wd1.py", "baselines/diffu_grpo.py")
           for order in ("confidence", "top_prob")]
+ESPO = [f"baselines/espo.py --prompts 32 --G 8 --lr 0.0001 --temperature {T}" for T in ("1.0", "1.2")]
 PLUSPLUS = [f"wd1.py --plusplus --order {order}" for order in ("confidence", "top_prob")]
 
 
@@ -77,8 +78,7 @@ TRIED = {
         *around("baselines/just_grpo.py", 32, 8, 1e-4)],
 }
 AGAIN = {  # with seed 12
-    "sudoku-0": [],
-    "sudoku-1": [],
+    "sudoku-0": ESPO, "sudoku-1": ESPO,
     "countdown-0": ["egspo.py --order confidence", "egspo.py --order top_prob", "rldf.py --p_min 0",
                     "rldf.py --p_min 0.6", PLUSPLUS[0]],
 }

@@ -153,6 +153,21 @@ def test_a_long_run_has_flattened_where_it_first_comes_near_its_best():
     assert line.endswith("| 71.5 | 100 | 50 %, 0.020 | 30.0 (2.0) | 1.5 |")
 
 
+@pytest.mark.parametrize("text, made", [
+    ("<!-- a -->\nold\nold\n<!-- end -->\nkept\n<!-- b -->\n<!-- end -->\n",
+     "<!-- a -->\nA\n<!-- end -->\nkept\n<!-- b -->\nB\n<!-- end -->\n"),  # not up to the next end
+    ("<!-- a -->\n<!-- end -->\nkept\n<!-- b -->\nold\n<!-- end -->",
+     "<!-- a -->\nA\n<!-- end -->\nkept\n<!-- b -->\nB\n<!-- end -->"),
+    ("<!-- a -->\nkept\n<!-- b -->\nold\n<!-- end -->\n", None), ("<!-- a -->\nkept\n", None),
+    ("<!-- end -->\nkept\n<!-- a -->\n", None)])
+def test_a_table_takes_its_own_place_alone(text, made):
+    if made is None:
+        with pytest.raises(ValueError, match="not by <!-- end -->"):
+            tables.fill(text, {"a": "A", "b": "B"})
+    else:
+        assert tables.fill(text, {"a": "A", "b": "B"}) == made
+
+
 def test_the_readmes_hold_what_the_runs_say():
     made = compare.every_table()
     for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
