@@ -102,7 +102,8 @@ def last_evaluation(folder: Path, log: Path, rows: int, *start) -> dict:
 def make_run(args: Args, out: Path, base: Path, weights: str, method: str, seed: int) -> dict:
     """Make a run or go on with it; returns its line. weights: the digest of the base."""
     script, *own = METHODS[method].split()
-    words = [*own, *EQUAL.split(), *flags(SHAPE), "--model", base / "model", "--seed", seed]
+    model = os.path.relpath(base / "model", ROOT)  # as a user would type it in the root
+    words = [*own, *EQUAL.split(), *flags(SHAPE), "--model", model, "--seed", seed]
     folder, log, spent = out / f"{method}-{seed}", out / f"{method}-{seed}.log", 0.0
     if (folder / "state.pt").exists():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
