@@ -51,7 +51,7 @@ ABLATIONS = {  # each differs from its method's line in MAIN by what is added; o
     "wd1++": ["--positive_only", "--y greedy", "--order confidence"],
     "GDSD": ["--psi 0.2", "--psi 2", "--num_mc 2", "--passes 2", "--weights elbo", "--order top_prob"],
 }
-LONG = {  # ten times the default updates (wd1++ twenty) or more, on one base; evaluations take their time
+LONG = {  # ten times the default updates (wd1++ twenty), on one base, rarely evaluated: that takes its time
     "EGSPO-SA": "--updates 1600 --eval_every 80", "RLDF": "--updates 1000 --eval_every 50",
     "wd1++": "--lr 2e-4 --updates 2000 --eval_every 100",
     # a quarter of their default rates, at which both fall again
@@ -171,7 +171,7 @@ def at_work(out: Path) -> bool:
 def line_of(command: str, out: Path, busy: float) -> dict:
     """The line of the finished run in a folder. busy: the share of a core that its process had, or, if it was
     resumed, its last one. The seconds are multiplied by it: they are about those of a quiet machine."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines(out / "metrics.jsonl")
     last = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])
     curve, update = curve_of(lines, busy)
     kept = ("nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full", "equal_groups", "entropy")
@@ -195,6 +195,11 @@ def curve_of(lines: list[dict], busy: float = 1.0) -> tuple[list[list], dict]:
         else:
             update = line
     return curve, update
+
+
+def json_lines(file: Path) -> list[dict]:
+    """The lines of a .jsonl file; none if it is missing."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def machine() -> str:
@@ -255,7 +260,7 @@ def base_configs() -> dict[str, dict]:
 def every_table() -> dict[str, str]:
     """Every generated text, by the name in its marks."""
     def lines(name: str) -> list[dict]:
-        return [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
+        return json_lines(ROOT / "results" / name)
 
     there = finished()
     main = {task: {method: runs_of(there, method, task) for method in MAIN} for task in TINY}

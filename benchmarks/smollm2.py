@@ -25,7 +25,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import curve_of, digest, machine  # noqa: E402
+from benchmarks.compare import curve_of, digest, json_lines, machine  # noqa: E402
 from common import denoise, encode, reward_rows  # noqa: E402
 from plumbing.parallel import refuse  # noqa: E402
 from plumbing.report import plot_methods  # noqa: E402
@@ -37,7 +37,7 @@ SHAPE = dict(L=8, S=4, block=8)  # \boxed{10} is seven tokens, and one more for 
 METHODS = {
     "EGSPO-SA": "egspo.py --K 2 --beta 0", "RLDF": "rldf.py --K 2 --beta 0",
     "wd1": "wd1.py --passes 2",
-    # psi is 10 / L; its masks are drawn for each row, so no canvas is shared: one pair, one pass, more steps
+    # psi is 10 / L; few canvases are shared, as masks are drawn for each row: one pair, one pass, more steps
     "GDSD": "gdsd.py --num_mc 1 --passes 1 --minibatches 4 --psi 1.25 --beta 0",
 }
 # for all methods; what a forward keeps for its gradient fits into memory, so nothing is computed twice
@@ -93,10 +93,9 @@ def make_base(args: Args, out: Path) -> Path:
 
 def last_evaluation(folder: Path, log: Path, rows: int, *start) -> dict:
     """The newest line of the folder's evals.jsonl, which is made unless it is of so many held-out rows."""
-    file = folder / "evals.jsonl"
-    if not file.exists() or json.loads(file.read_text().splitlines()[-1])["rows"] != rows:
-        call(*start, "--eval_only", *flags(dict(eval_rows=rows)), log=log)
-    return json.loads(file.read_text().splitlines()[-1])
+    if [line["rows"] for line in json_lines(folder / "evals.jsonl")][-1:] != [rows]:
+        call(*start, "--eval_only", "--eval_rows", rows, log=log)
+    return json_lines(folder / "evals.jsonl")[-1]
 
 
 def make_run(args: Args, out: Path, base: Path, weights: str, method: str, seed: int) -> dict:
@@ -106,8 +105,7 @@ def make_run(args: Args, out: Path, base: Path, weights: str, method: str, seed:
     words = [*own, *EQUAL.split(), *flags(SHAPE), "--model", model, "--seed", seed]
     folder, log, spent = out / f"{method}-{seed}", out / f"{method}-{seed}.log", 0.0
     if (folder / "state.pt").exists():
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        spent = curve_of(lines)[1]["seconds"] / 60
+        spent = curve_of(json_lines(folder / "metrics.jsonl"))[1]["seconds"] / 60
     elif folder.exists():
         shutil.rmtree(folder)  # killed before its first checkpoint
     if not (folder / "model").is_dir() or args.minutes > spent:
@@ -115,11 +113,10 @@ def make_run(args: Args, out: Path, base: Path, weights: str, method: str, seed:
         free = dict(updates=10000, minutes=max(0.01, args.minutes - spent), save_every=20,
                     eval_every=args.eval_every, eval_rows=args.eval_rows)
         call(script, *start, *flags(free), log=log)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     before = last_evaluation(out / "base-eval", log, args.last_rows, script, *words,
                              "--out", out / "base-eval")
     after = last_evaluation(folder, log, args.last_rows, script, "--resume", folder)
-    curve, update = curve_of(lines)
+    curve, update = curve_of(json_lines(folder / "metrics.jsonl"))
     kept = ("seconds", "nfe_rollout", "nfe_rollout_full", "nfe_update", "nfe_update_full", "equal_groups",
             "entropy", "optimizer_steps")
     return {"method": method, "seed": seed, "command": " ".join(["python", script, *map(str, words)]),
@@ -127,11 +124,11 @@ def make_run(args: Args, out: Path, base: Path, weights: str, method: str, seed:
             "rows": after["rows"], "curve": curve, **{k: update[k] for k in kept}, "commit": git_commit(),
             "torch": after["torch"], "machine": machine(), "settings": after["args"], "base": weights,
             "answers": after["answers"],
-            "conversion": [json.loads(line) for line in (base / "log.jsonl").read_text().splitlines()]}
+            "conversion": json_lines(base / "log.jsonl")}
 
 
 def finished() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return json_lines(RESULTS)
 
 
 def draw():

@@ -213,9 +213,7 @@ def tuning_table(lines: list[dict], known: float) -> str:
 def smollm2_table(lines: list[dict]) -> str:
     """The runs of benchmarks/smollm2.py, the best method first: more rows are evaluated at its two ends than
     on its way."""
-    best = {}
-    for line in lines:
-        best[line["method"]] = max(line["after"], best.get(line["method"], 0.0))
+    best = {line["method"]: line["after"] for line in sorted(lines, key=lambda line: line["after"])}
     rows = [[line["method"], str(line["seed"]), f"{line['minutes']:.0f}", str(line["curve"][-1][0]),
              f"{percent(line['before'])} → **{percent(line['after'])}**",
              ", ".join(percent(share) for _, _, _, share in line["curve"]), forwards([line]),
@@ -267,4 +265,4 @@ def fill(text: str, tables: dict[str, str]) -> str:
     def anew(found: re.Match) -> str:
         return f"<!-- {found[1]} -->\n{tables[found[1]]}\n<!-- end -->"
 
-    return re.sub(r"^<!-- (.*) -->\n(?:(?!<!-- end -->$).*\n)*<!-- end -->$", anew, text, flags=re.MULTILINE)
+    return re.sub(r"^<!-- (.*) -->\n(?:.*\n)*?<!-- end -->$", anew, text, flags=re.MULTILINE)

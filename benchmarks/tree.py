@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-from benchmarks.compare import BASES, MAIN, command_of, processor, run_folder  # noqa: E402
+from benchmarks.compare import BASES, MAIN, command_of, json_lines, processor, run_folder  # noqa: E402
 from plumbing import run  # noqa: E402
 from plumbing.models import load_model  # noqa: E402
 from tasks import load  # noqa: E402
@@ -50,7 +50,7 @@ def updates(command: str, model: str, way: str) -> tuple[list[dict], float]:
                     "--model", model, "--out", f"{out}/run"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             runpy.run_path(str(ROOT / script), run_name="__main__")
-        lines = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
+        lines = json_lines(Path(out, "run", "metrics.jsonl"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [line for line in lines if "loss" in line], peak
 

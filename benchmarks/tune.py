@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.compare import BASES, digest  # noqa: E402
+from benchmarks.compare import BASES, digest, json_lines  # noqa: E402
 from plumbing.run import git_commit  # noqa: E402
 from tasks import find  # noqa: E402
 
@@ -29,7 +29,6 @@ RESULTS = ROOT / "results" / "tuning.jsonl"
 SECONDS = 60
 ORDERS = [f"{script} --order {order}" for script in ("wd1.py", "baselines/diffu_grpo.py")
           for order in ("confidence", "top_prob")]
-ESPO = [f"baselines/espo.py --prompts 32 --G 8 --lr 0.0001 --temperature {T}" for T in ("1.0", "1.2")]
 PLUSPLUS = [f"wd1.py --plusplus --order {order}" for order in ("confidence", "top_prob")]
 
 
@@ -49,6 +48,7 @@ def around(script: str, prompts: int, G: int, lr: float, other: tuple[int, int] 
             for prompts, G, lr, temperature in tried]
 
 
+ESPO = around("baselines/espo.py", 32, 8, 1e-4, (16, 16))
 TRIED = {
     "sudoku-0": ORDERS + [gdsd(*setting) for setting in (
         (16, 16, 4, "1e-4", 0.2, "top_prob", "", 2, 2), (16, 16, 4, "1e-4", 0.2, "top_prob"),
@@ -66,7 +66,7 @@ TRIED = {
         *around("egspo.py", 16, 16, 1e-4, (32, 8)), *around("rldf.py", 32, 16, 2e-4, (32, 8)),
         *around("wd1.py", 32, 8, 3e-5, (16, 16)), *around("wd1.py --plusplus", 16, 8, 2e-4, (32, 8)),
         *around("gdsd.py", 32, 8, 2e-4, (16, 16)), *around("baselines/diffu_grpo.py", 32, 8, 3e-5, (16, 16)),
-        *around("baselines/espo.py", 32, 8, 1e-4, (16, 16)),
+        *ESPO,
         *around("baselines/just_grpo.py", 16, 16, 1e-4, (32, 8)), "wd1.py --lr 1e-5"],
     "countdown-0": [*ORDERS, *PLUSPLUS, f"{PLUSPLUS[0]} --lr 1e-4"] + [gdsd(*setting) for setting in (
         (16, 8, 2, "2e-4", 1, "confidence"), (16, 8, 2, "2e-4", 1, "top_prob"),
@@ -78,7 +78,7 @@ TRIED = {
         *around("baselines/just_grpo.py", 32, 8, 1e-4)],
 }
 AGAIN = {  # with seed 12
-    "sudoku-0": ESPO, "sudoku-1": ESPO,
+    "sudoku-0": [ESPO[0], ESPO[3]], "sudoku-1": [ESPO[0], ESPO[3]],  # its two temperatures
     "countdown-0": ["egspo.py --order confidence", "egspo.py --order top_prob", "rldf.py --p_min 0",
                     "rldf.py --p_min 0.6", PLUSPLUS[0]],
 }
@@ -103,8 +103,8 @@ def launch(task: str, base: str, seed: int, command: str, folder: str):
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130, command
     subprocess.run([sys.executable, words[0], "--resume", out, "--eval_only"], check=True, **quiet)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    after = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])["eval_accuracy"]
+    lines = json_lines(out / "metrics.jsonl")
+    after = json_lines(out / "evals.jsonl")[-1]["eval_accuracy"]
     row = {"task": task, "command": command, "seed": seed, "before": lines[0]["eval_accuracy"],
            "after": after, "update": lines[-1]["update"], "base": digest(BASES / base),
            "commit": git_commit()}
@@ -114,8 +114,8 @@ def launch(task: str, base: str, seed: int, command: str, folder: str):
 
 
 def tune(base: str, jobs: int):
-    there = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(row["seed"], row["command"]) for row in there if row["base"] == digest(BASES / base)}
+    weights = digest(BASES / base)
+    done = {(row["seed"], row["command"]) for row in json_lines(RESULTS) if row["base"] == weights}
     task = base.split("-")[0]
     wanted = [(seed, command) for seed, commands in ((11, TRIED), (12, AGAIN)) for command in commands[base]]
     with tempfile.TemporaryDirectory() as folder:

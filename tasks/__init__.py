@@ -106,7 +106,8 @@ def load(
     recipe = replace(recipe, reward=guarded(recipe.reward, name, rewards, reward_form()),
                      draw=guarded(recipe.draw, name, "a drawing is a list of lines: ", drawing_form))
     try:
-        return load_recipe(recipe, name, data, test_data, train, held_out)
+        with left_as_found():
+            return load_recipe(recipe, name, data, test_data, train, held_out)
     except (Exception, SystemExit) as error:  # its functions may do anything
         if isinstance(error, ValueError) and not lines_of(name, error):
             raise  # one of ours, which says what is wrong
@@ -176,12 +177,13 @@ def guarded(function: Callable, name: str, what: str, form: Callable) -> Callabl
 def left_as_found():
     """Code of one's own may leave another working directory, torch without gradients (a reward model does)
     or another default dtype behind; the run, its folder and its update need theirs."""
-    here, dtype = os.getcwd(), torch.get_default_dtype()
+    here, dtype = os.open(".", os.O_RDONLY), torch.get_default_dtype()  # open: "." may be a deleted folder
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     finally:
-        os.chdir(here)
+        os.fchdir(here)
+        os.close(here)
         torch.set_default_dtype(dtype)
 
 

@@ -224,10 +224,12 @@ TASK = Recipe(lambda raw: {"prompt": "?", **raw}, reward, lambda text, row: [str
         assert task.reward("", task.test[0])[0] == 1.0 and task.draw("", task.test[0]) == ["3"]
 
 
-@pytest.mark.parametrize("where", ["at import", "in the reward", "in the reward, which then falls"])
+@pytest.mark.parametrize("where", [
+    "at import", "in a row", "in the reward", "in the reward, which then falls"])
 def test_a_task_of_ones_own_leaves_the_process_as_it_was(tmp_path, where):
     """Working directory, gradients, default dtype: a run's folder may be relative, its update needs both."""
-    at_import, fall = "change()" if where == "at import" else "", " / 0" if "falls" in where else ""
+    at_import, in_row = ("change()" if where == place else "" for place in ("at import", "in a row"))
+    fall = " / 0" if "falls" in where else ""
     (tmp_path / "mine.py").write_text(f"""import os, tempfile, torch
 from tasks import Recipe
 def change():
@@ -237,11 +239,14 @@ def change():
         torch.set_default_dtype(torch.float16)
 {at_import}
 def reward(text, row):
-    if text and not {bool(at_import)}:
+    if text and {"reward" in where}:
         change()
         1{fall}
     return 0.0, {{"correct": 0.0, "parse_fail": 0.0}}
-TASK = Recipe(lambda raw: {{"prompt": "?"}}, reward)""")
+def row(raw):
+    {in_row}
+    return {{"prompt": "?"}}
+TASK = Recipe(row, reward)""")
     before = os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype()
     data = write(tmp_path / "rows.json", [{}])
     task = load(str(tmp_path / "mine.py"), chat=True, test_data=data, train=False)
